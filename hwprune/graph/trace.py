@@ -1,0 +1,190 @@
+"""Model in, labelled program out: `torch.export` at the inference level, flattened to one graph of ATen calls."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from hwprune.errors import UnsupportedModel
+from hwprune.graph.groups import Groups, find_groups
+from hwprune.graph.labels import Labels, propagate
+
+Attention = Literal["heads", "dims"]
+
+_STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+
+
+@dataclass(eq=False)
+class Program:
+    """A model as a flat graph of ATen calls with a channel label on every element of every tensor.
+
+    `module` shares the model's tensors: what is trained in the model is seen here and by everything cut from it.
+    Its placeholders are the model's inputs; parameters, buffers and constants are `get_attr` nodes whose targets
+    are the keys of `model.state_dict()`.
+    """
+
+    name: str
+    module: fx.GraphModule
+    example_inputs: tuple[Tensor, ...]
+    attention: Attention = "heads"
+    constants: frozenset[str] = field(default_factory=frozenset)  # get_attr targets that are not state of the model
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The dense forward, in inference semantics."""
+        return self.module(*inputs)
+
+    @cached_property
+    def labels(self) -> Labels:
+        """The channel labels of every tensor (computed once, on first use)."""
+        return propagate(self.module, self.attention)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The coupled channels, and what is frozen and by which operator."""
+        return find_groups(self.labels, self.constants)
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...] | Tensor,
+    attention: Attention = "heads",
+    name: str | None = None,
+) -> Program:
+    """Export `model` on `example_inputs` and label its channels.
+
+    attention: what stays free in an attention, whole heads or the dims inside every head.
+    Raises UnsupportedModel, with the place, where `torch.export` cannot follow the forward.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    with inference_mode_of(model):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # exporters deprecate their own internals; nothing a user can act on
+                exported = torch.export.export(model, inputs)
+        except Exception as error:
+            raise UnsupportedModel(_export_failure(model, error)) from error
+    module, constants = _flatten(exported)
+    return Program(name or type(model).__name__, module, inputs, attention, constants)
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for the block, every module's own training flag restored after it."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def set_tensor(root: nn.Module, path: str, tensor: Tensor, persistent: bool = True) -> None:
+    """Hang `tensor` into a tree of plain modules under its dotted path, as parameter or buffer after its type."""
+    *parents, leaf = path.split(".")
+    module = root
+    for parent in parents:
+        if parent not in module._modules:
+            module.add_module(parent, nn.Module())
+        module = module.get_submodule(parent)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def get_tensor(root: nn.Module, path: str) -> Tensor:
+    """The tensor under a dotted path."""
+    parent, _, leaf = path.rpartition(".")
+    tensor: Tensor = getattr(root.get_submodule(parent), leaf)
+    return tensor
+
+
+def _flatten(exported: torch.export.ExportedProgram) -> tuple[fx.GraphModule, frozenset[str]]:
+    """The exported graph with its state as attributes instead of inputs, and what depends on neither folded away."""
+    graph = copy.deepcopy(exported.graph)
+    root = nn.Module()
+    constants: set[str] = set()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        if spec.kind not in _STATE:
+            continue
+        assert spec.target is not None
+        in_state = spec.target in exported.state_dict
+        tensor = exported.state_dict[spec.target] if in_state else exported.constants[spec.target]
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            constants.add(spec.target)
+        set_tensor(root, spec.target, tensor, persistent=in_state)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", spec.target, name=node.name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    _unwrap_output(graph, exported)
+    for node in list(graph.nodes):
+        if str(node.target) in _NO_EFFECT and not node.users:
+            graph.erase_node(node)
+    module = fx.GraphModule(root, graph)
+    constants |= _fold_constants(module)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _mutates(node))
+    module.recompile()
+    return module, frozenset(constants)
+
+
+_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default"}
+
+
+def _unwrap_output(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
+    """Return what the model returned: a bare tensor, or a tuple; dictionaries and nests become a flat tuple."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    values = tuple(output.args[0])
+    mutated = sum(spec.kind.name != "USER_OUTPUT" for spec in exported.graph_signature.output_specs)
+    values = values[mutated:]
+    spec = exported.call_spec.out_spec
+    output.args = (values[0] if spec is not None and spec.is_leaf() else values,)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _fold_constants(module: fx.GraphModule) -> set[str]:
+    """Evaluate what depends on no input and no parameter (position grids, masks); returns the new attributes' names."""
+    constant: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        foldable = node.op == "call_function" and all(operand in constant for operand in node.all_input_nodes)
+        if foldable and not torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            args = fx.node.map_arg(node.args, constant.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, constant.__getitem__)
+            constant[node] = node.target(*args, **kwargs)
+    if any(_mutates(node) and node.args[0] in constant for node in module.graph.nodes):
+        return set()  # written into during the forward: must be born anew each time
+    names: set[str] = set()
+    for node, value in constant.items():
+        if isinstance(value, Tensor) and any(user not in constant for user in node.users):
+            name = f"constant_{len(names)}"
+            set_tensor(module, name, value, persistent=False)
+            with module.graph.inserting_before(node):
+                attribute = module.graph.create_node("get_attr", name)
+            attribute.meta = dict(node.meta)
+            node.replace_all_uses_with(attribute)
+            names.add(name)
+    return names
+
+
+def _export_failure(model: nn.Module, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    frames = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
+    place = f" at {frames[-1]}" if frames else ""
+    return (
+        f"{type(model).__name__} cannot be exported{place}: {first} "
+        f"Rewrite that line without data-dependent control flow, or prune the part of the model that exports: "
+        f"torch.export.export(part, inputs) must succeed."
+    )
