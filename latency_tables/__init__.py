@@ -1,0 +1,1 @@
+"""Latency tables measured on named environments, one JSON Lines file each; hwprune.latency reads them."""
