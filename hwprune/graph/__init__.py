@@ -1,0 +1,17 @@
+"""What the model is: the labelled program, its groups and segments, and how to make it smaller."""
+
+from hwprune.graph.groups import Frozen, Group, Groups, Slot, keep_first, keep_top
+from hwprune.graph.resize import resize
+from hwprune.graph.trace import Program, trace
+
+__all__ = [
+    "Frozen",
+    "Group",
+    "Groups",
+    "Program",
+    "Slot",
+    "keep_first",
+    "keep_top",
+    "resize",
+    "trace",
+]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 NEVER = 2**62  # the cause of what is not frozen
+MOST_DATA = 2**20  # elements; parameters used as data need a label for each, and beyond this many they are left whole
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ class _Run:
         self.coupling = labels.coupling
         self.boxes: list[Tensor] = []  # label tensors that may vary along several dims
         self.weights = _weight_parameters(labels.module)
+        self.data_left = MOST_DATA
         self.rules: dict[str, Callable[[fx.Node, dict[str, Any]], Any]] = {
             **dict.fromkeys(_CONVS, self.convolution),
             **dict.fromkeys(_POOLS, self.pool),
@@ -374,6 +376,10 @@ class _Run:
             return self.frozen(shape)  # indices and flags are never thinned as data; who reads them says what to do
         if name in self.weights:
             return self.frozen(shape)  # labelled dim by dim where it is used as a weight
+        if name not in self.labels.data:
+            self.data_left -= math.prod(shape)
+            if self.data_left < 0:
+                return self.frozen(shape)
         labels = self.fresh(name, "element", max(1, math.prod(shape))).view(shape)
         self.labels.data[name] = labels
         self.boxes.append(labels)
@@ -412,7 +418,7 @@ class _Run:
         entering = self.weight(given["weight"], in_dim, weight_shape[in_dim], "out" if channelwise else "in")
         if produced is None or entering is None:
             return self.give_up(node, [x, self.value(given["weight"])], cause)
-        coupled = Cause(operator_of(node), "its groups share a weight")
+        coupled = Cause(operator_of(node), "it reads or writes channels that are frozen")
         per_in, per_out = cin // groups, cout // groups
         if transposed:
             # weight [Cin, Cout / groups, ...]: the i-th output of each group reads the same slice of dim 1
@@ -449,8 +455,9 @@ class _Run:
         entering = self.weight(weight, 1 - out_dim, size[1 - out_dim], "in")
         if produced is None or entering is None:
             return self.give_up(node, [labels, self.value(weight)], cause)
-        self.coupling.unite(consumed, entering, cause)
-        self.vector(bias, produced, "out", cause)
+        coupled = Cause(operator_of(node), "it reads or writes channels that are frozen")
+        self.coupling.unite(consumed, entering, coupled)
+        self.vector(bias, produced, "out", coupled)
         return produced.expand(out_shape)
 
     def matmul(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
@@ -582,16 +589,17 @@ class _Run:
         varies_a, varies_b = set(self.labels.varying(a)), set(self.labels.varying(b))
         small_a = {dim for dim, size in enumerate(shape) if a.shape[dim] == 1 < size}
         small_b = {dim for dim, size in enumerate(shape) if b.shape[dim] == 1 < size}
-        if varies_a <= small_b and not varies_b:
-            return a  # b says nothing about the dims in which a can shrink
-        if not varies_a & varies_b and varies_a & small_b:
-            # b varies where a cannot shrink (or both, each where the other is broadcast): neither may follow
+        both = torch.broadcast_shapes(a.shape, b.shape)
+        if varies_a & varies_b:
+            self.pair(a.expand(both), b.expand(both), cause)
+            return a.expand(both)
+        # no dim is shared: one may shrink along what the other merely broadcasts, and only if that one does not
+        a_free, b_free = varies_a <= small_b, varies_b <= small_a
+        if varies_a and (not a_free or (varies_b and b_free)):
+            self.coupling.freeze(_core(a), cause)
+        if varies_b and (not b_free or (varies_a and a_free)):
             self.coupling.freeze(_core(b), cause)
-            if varies_b & small_a:
-                self.coupling.freeze(_core(a), cause)
-            return a
-        self.pair(a.expand(shape), b.expand(shape), cause)
-        return a
+        return (a if self.labels.varying(a) else b).expand(both)
 
     def copy(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         return self.broadcast(

@@ -118,6 +118,7 @@ class _Resizer:
                 changes = {}
             args, kwargs = _replace(target, args, kwargs, changes)
         new = self.graph.create_node("call_function", target, tuple(args), kwargs, name=node.name)
+        new.meta["dense_shape"] = shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
         if node in self.labels.pinned and operator_of(node) == "mean":
             dense, x = self.labels.pinned[node], self.labels.values[node.args[0]]
             over = bound_arguments(node).get("dim") or range(x.ndim)
@@ -238,7 +239,7 @@ def modules_for_training(root: nn.Module, graph: fx.Graph) -> None:
                 continue
             path = owners.pop()
             source = root.get_submodule(path)
-            norm = _batch_norm(source, given)
+            norm = _batch_norm(source, given, len(node.meta["dense_shape"]))
             parent, _, leaf = path.rpartition(".")
             root.get_submodule(parent)._modules[leaf] = norm
             _call_module(graph, node, path)
@@ -247,12 +248,11 @@ def modules_for_training(root: nn.Module, graph: fx.Graph) -> None:
                     graph.erase_node(tensor)
 
 
-def _batch_norm(source: nn.Module, given: dict[str, Any]) -> nn.Module:
+def _batch_norm(source: nn.Module, given: dict[str, Any], rank: int) -> nn.Module:
     mean = source.running_mean
     assert isinstance(mean, Tensor)
     affine = given["weight"] is not None
-    # the rank is the input's; a generic class would lose the checks and the folding of the well-known ones
-    norm = nn.BatchNorm2d(len(mean), eps=given["eps"], momentum=given["momentum"], affine=affine, device=mean.device)
+    norm = _BATCH_NORMS[rank](len(mean), eps=given["eps"], momentum=given["momentum"], affine=affine, device=mean.device)
     norm.running_mean, norm.running_var = mean, source.running_var
     if affine:
         norm.weight, norm.bias = source.weight, source.bias  # type: ignore[assignment]
