@@ -55,8 +55,8 @@ def extensions():
 
 
 def pybind11_headers():
-    """A copy of pybind11's headers under build/: pip's isolated environment is a new folder each time, and a new include
-    path would compile everything again."""
+    """A copy of pybind11's headers under build/: pip's isolated environment is a new folder each time, and a new
+    include path would compile everything again."""
     copy = BUILD / f"pybind11-{pybind11.__version__}"
     if not copy.exists():
         partial = copy.with_suffix(f".{os.getpid()}")
@@ -73,6 +73,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "build.ninja").open("w") as file:
             writer = Writer(file, width=120)
+            writer.variable("builddir", str(folder))  # where ninja keeps its own log
             self.write_rules(writer)
             libraries = [self.write_extension(writer, extension, folder) for extension in self.extensions]
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja")]

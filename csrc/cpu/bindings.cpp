@@ -26,10 +26,18 @@ void ratio_forward(Address theta, Address importance, Address offsets, Address u
 void ratio_step(Address grad_mask, Address probability, Address offsets, Address cost_grad, Address theta,
                 Address exp_avg, Address exp_avg_sq, Address ratio_grad, int64_t groups, double multiplier, double cut,
                 double lr, double beta1, double beta2, double eps, int64_t step) {
-  hwprune::ratio_step({pointer<const float>(grad_mask), pointer<const float>(probability),
-                       pointer<const int64_t>(offsets), pointer<const float>(cost_grad), pointer<float>(theta),
-                       pointer<float>(exp_avg), pointer<float>(exp_avg_sq), pointer<float>(ratio_grad), groups,
-                       multiplier, cut, {lr, beta1, beta2, eps, step}});
+  hwprune::ratio_step({pointer<const float>(grad_mask),
+                       pointer<const float>(probability),
+                       pointer<const int64_t>(offsets),
+                       pointer<const float>(cost_grad),
+                       pointer<float>(theta),
+                       pointer<float>(exp_avg),
+                       pointer<float>(exp_avg_sq),
+                       pointer<float>(ratio_grad),
+                       groups,
+                       multiplier,
+                       cut,
+                       {lr, beta1, beta2, eps, step}});
 }
 
 }  // namespace

@@ -163,9 +163,9 @@ void ratio_step(const RatioStep& args) {
     for (int64_t i = start; i < end; ++i) {
       const float p = args.probability[i], soft = p - kFloor;
       const float spread = p < 1.0f ? soft * (1.0f - soft) : 0.0f;  // at the cap p no longer moves
-      const double weight = spread > args.cut ? static_cast<double>(spread) : 0.0;
-      weighted += weight * args.grad_mask[i];
-      total += weight;
+      const bool near = spread > args.cut;
+      weighted += near ? static_cast<double>(spread) * args.grad_mask[i] : 0.0;
+      total += near ? static_cast<double>(spread) : 0.0;
     }
     const double mask_grad = total > 0.0 ? static_cast<double>(end - start) * weighted / total : 0.0;
     const double ratio_grad = mask_grad + args.multiplier * args.cost_grad[g];
@@ -173,8 +173,7 @@ void ratio_step(const RatioStep& args) {
     const double grad = ratio_grad * ratio * (1.0 - ratio);
     const double mean = adam.beta1 * args.exp_avg[g] + (1.0 - adam.beta1) * grad;
     const double square = adam.beta2 * args.exp_avg_sq[g] + (1.0 - adam.beta2) * grad * grad;
-    args.theta[g] -=
-        static_cast<float>(adam.lr * (mean / correction1) / (std::sqrt(square / correction2) + adam.eps));
+    args.theta[g] -= static_cast<float>(adam.lr * (mean / correction1) / (std::sqrt(square / correction2) + adam.eps));
     args.exp_avg[g] = static_cast<float>(mean);
     args.exp_avg_sq[g] = static_cast<float>(square);
     args.ratio_grad[g] = static_cast<float>(ratio_grad);

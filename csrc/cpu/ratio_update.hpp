@@ -25,8 +25,8 @@ struct Adam {
   int64_t step;  // counted from 1
 };
 
-// Mask gradients to ratios. Only channels whose p (1 - p) exceeds `cut` enter the gradient of a ratio; the gradient of the
-// cost, times the multiplier, is added; Adam then moves theta in place.
+// Mask gradients to ratios. Only channels whose p (1 - p) exceeds `cut` enter the gradient of a ratio; the gradient of
+// the cost, times the multiplier, is added; Adam then moves theta in place.
 struct RatioStep {
   const float* grad_mask;    // [channels]
   const float* probability;  // [channels]

@@ -10,7 +10,7 @@
 namespace hwprune {
 
 constexpr float kClip = 20.0f;
-constexpr float kFloor = 0.01f;               // every channel keeps at least one chance in a hundred
+constexpr float kFloor = 0.01f;                // every channel keeps at least one chance in a hundred
 constexpr float kTolerance = 1.0f / 65536.0f;  // on s; the keep ratio is then off by at most a quarter of it
 constexpr float kSmallestImportance = 1.17549435e-38f;
 constexpr int kMaxIterations = 64;

@@ -1,0 +1,7 @@
+"""The operators of the search: checked, dispatched to a backend, each beside a plain-torch reference."""
+
+from hwprune.ops._native import backends
+from hwprune.ops.masked_conv import masked_bn_act, masked_conv2d
+from hwprune.ops.ratio_update import ratio_forward, ratio_step
+
+__all__ = ["backends", "masked_bn_act", "masked_conv2d", "ratio_forward", "ratio_step"]

@@ -1,0 +1,69 @@
+"""The one module that imports the native extensions, and the choice between backends."""
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from hwprune.errors import BackendUnavailable, InvalidInput
+
+BACKENDS = ("reference", "cpp", "cuda")
+_MODULES = {"cpp": "hwprune._cpp", "cuda": "hwprune._cuda"}
+_REMEDIES = {
+    "cpp": "reinstall with a C++17 compiler on PATH",
+    "cuda": "reinstall with nvcc on PATH, or with CUDA_HOME set, and HWPRUNE_CUDA=1",
+}
+
+
+@cache
+def _import(backend: str) -> ModuleType | str:
+    """The extension module of a native backend, or why it cannot be imported."""
+    try:
+        return import_module(_MODULES[backend])
+    except ImportError as error:
+        return f"{_MODULES[backend]} cannot be imported ({error}); {_REMEDIES[backend]}"
+
+
+def missing(backend: str) -> str | None:
+    """Why a native backend is not built here, or None when it is."""
+    module = _import(backend)
+    return module if isinstance(module, str) else None
+
+
+def module(backend: str) -> ModuleType:
+    """The extension module of a native backend. Raises BackendUnavailable with the cause."""
+    found = _import(backend)
+    if isinstance(found, str):
+        raise BackendUnavailable(found)
+    return found
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None where it works on this machine, else the cause and the remedy."""
+    no_device = None if torch.cuda.is_available() else "torch sees no CUDA device"
+    return {"reference": None, "cpp": missing("cpp"), "cuda": missing("cuda") or no_device}
+
+
+def choose(op: str, requested: str, refusals: Mapping[str, str | None], preference: tuple[str, ...]) -> str:
+    """The backend that runs `op`.
+
+    `refusals` holds the op's backends, each with the reason why it cannot take the tensors at hand, or None. "auto"
+    yields to the environment variable HWPRUNE_BACKEND where that is set, and else takes the first of `preference`
+    that does not refuse. Raises InvalidInput for an unknown name and BackendUnavailable, with the cause, where the
+    backend asked for refuses.
+    """
+    wanted, source = requested, "backend"
+    if requested == "auto" and os.environ.get("HWPRUNE_BACKEND", "auto") != "auto":
+        wanted, source = os.environ["HWPRUNE_BACKEND"], "HWPRUNE_BACKEND"
+    if wanted == "auto":
+        return next(name for name in preference if refusals[name] is None)
+    if wanted not in BACKENDS:
+        raise InvalidInput(f"{source}={wanted!r} is not a backend; there are auto, {', '.join(BACKENDS)}")
+    if wanted not in refusals:
+        raise BackendUnavailable(f"{op} has no {wanted} backend; it has {', '.join(refusals)}: unset {source}")
+    if (refusal := refusals[wanted]) is not None:
+        raise BackendUnavailable(f"{source}={wanted} cannot run {op}: {refusal}")
+    return wanted

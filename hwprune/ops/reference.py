@@ -1,0 +1,171 @@
+"""Every operator in plain torch: the truth that the other backends are tested against, in float64 where asked."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP = 20.0
+FLOOR = 0.01  # every channel keeps at least one chance in a hundred
+# How closely the threshold is solved, in units of the sigmoid's argument.
+_TOLERANCE = {torch.float32: 2.0**-16, torch.float64: 2.0**-40}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+def group_index(offsets: Tensor) -> Tensor:
+    """The group that each channel belongs to: int64 [ΣC] from offsets [G+1]."""
+    groups = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(groups, offsets.diff())
+
+
+def group_sum(values: Tensor, index: Tensor, groups: int) -> Tensor:
+    """Sums a flat ragged array [ΣC] over each group: [G]."""
+    return values.new_zeros(groups).index_add_(0, index, values)
+
+
+def spread(p: Tensor) -> Tensor:
+    """σ(1-σ) of the sigmoid σ behind a keep probability p, and 0 where p is capped at 1 and no longer moves."""
+    soft = p - FLOOR
+    return torch.where(p < 1, soft * (1 - soft), 0)
+
+
+def ratio_forward(
+    theta: Tensor,  # [G]
+    importance: Tensor,  # [ΣC]
+    offsets: Tensor,  # [G+1]
+    temperature: float,
+    uniforms: Tensor,  # [ΣC]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See hwprune.ops.ratio_forward. Bisects all groups at once."""
+    groups, index = len(theta), group_index(offsets)
+    widths = offsets.diff().to(theta.dtype)
+    log_importance = importance.clamp_min(torch.finfo(torch.float32).tiny).log()
+    largest = torch.full_like(theta, -math.inf).scatter_reduce_(0, index, log_importance, "amax")
+    smallest = torch.full_like(theta, math.inf).scatter_reduce_(0, index, log_importance, "amin")
+    # In s = temperature * (log threshold - log largest importance) the tolerance is a constant, hence proportional to
+    # 1 / temperature in the log threshold.
+    scaled = temperature * (log_importance - largest[index])  # [ΣC]
+
+    def keep_probability(s: Tensor) -> Tensor:
+        return ((scaled - s[index]).clamp(-CLIP, CLIP).sigmoid() + FLOOR).clamp_max(1)
+
+    wanted = theta.sigmoid() * widths
+    low, high = temperature * (smallest - largest) - CLIP, torch.full_like(theta, CLIP)
+    for _ in range(math.ceil(math.log2(float((high - low).max()) / _TOLERANCE[theta.dtype])) if groups else 0):
+        middle = (low + high) / 2
+        too_many = group_sum(keep_probability(middle), index, groups) > wanted
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    s = (low + high) / 2
+    p = keep_probability(s)
+    return largest + s / temperature, p, (uniforms < p).to(p.dtype)
+
+
+def ratio_step(
+    theta: Tensor,  # [G], updated
+    grad_mask: Tensor,  # [ΣC]
+    p: Tensor,  # [ΣC]
+    offsets: Tensor,  # [G+1]
+    cost_grad: Tensor,  # [G]
+    multiplier: float,
+    exp_avg: Tensor,  # [G], updated
+    exp_avg_sq: Tensor,  # [G], updated
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    cut: float,
+) -> Tensor:  # [G]
+    """See hwprune.ops.ratio_step."""
+    groups, index = len(theta), group_index(offsets)
+    weight = spread(p)
+    near = weight > cut
+    total = group_sum(torch.where(near, weight, 0), index, groups)
+    weighted = group_sum(torch.where(near, weight * grad_mask, 0), index, groups)
+    mask_grad = torch.where(total > 0, offsets.diff() * weighted / total.where(total > 0, 1), 0)
+    ratio_grad = mask_grad + multiplier * cost_grad
+    ratio = theta.sigmoid()
+    grad = ratio_grad * ratio * (1 - ratio)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    root = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
+    theta.addcdiv_(exp_avg, root, value=-lr / (1 - betas[0] ** step))
+    return ratio_grad
+
+
+def _apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [N, C, ...] times mask [C]. Where the mask is exactly 0 nothing is read, not even a NaN, and no gradient flows
+    to x or to the mask."""
+    if mask is None:
+        return x
+    mask = mask.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+    return torch.where(mask != 0, x, 0) * mask
+
+
+def masked_conv2d(
+    x: Tensor,  # [N, Cin, H, W]
+    weight: Tensor,  # [Cout, Cin / groups, kH, kW]
+    in_mask: Tensor | None,  # [Cin]
+    out_mask: Tensor | None,  # [Cout]
+    scale: Tensor | None,  # [Cout]
+    shift: Tensor | None,  # [Cout]
+    residual: Tensor | None,  # [N, Cout, Ho, Wo]
+    act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    columns: Tensor | None,  # [K]
+) -> Tensor:  # [N, Cout, Ho, Wo]
+    """See hwprune.ops.masked_conv2d."""
+    if columns is not None:
+        cout, cin, height, width = weight.shape
+        flat = weight.permute(0, 2, 3, 1).reshape(cout, -1)  # [Cout, kH * kW * Cin]
+        flat = torch.zeros_like(flat).index_copy(1, columns, flat.index_select(1, columns))
+        weight = flat.view(cout, height, width, cin).permute(0, 3, 1, 2)
+    y = F.conv2d(_apply_mask(x, in_mask), weight, None, stride, padding, dilation, groups)
+    if scale is not None:
+        y = y * scale.view(1, -1, 1, 1)
+    if shift is not None:
+        y = y + shift.view(1, -1, 1, 1)
+    y = _apply_mask(y, out_mask)
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def channel_sums(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, C, H, W] with the channels whose mask is exactly 0 zeroed; its sums and sums of squares [C], accumulated in
+    float32 at least."""
+    if mask is not None:
+        x = torch.where((mask != 0).view(1, -1, 1, 1), x, 0)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
+
+
+def masked_bn_act(
+    x: Tensor,  # [N, C, H, W]
+    sums: Tensor,  # [C]
+    squares: Tensor,  # [C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    mask: Tensor | None,  # [C]
+    residual: Tensor | None,  # [N, C, H, W]
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See hwprune.ops.masked_bn_act."""
+    count = x.numel() // x.shape[1]
+    mean = sums / count
+    var = (squares / count - mean.square()).clamp_min(0)
+    scale = weight * (var + eps).rsqrt()
+    shift = bias - mean * scale
+    y = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    y = _apply_mask(y.to(x.dtype), mask)
+    return ACTIVATIONS[act](y if residual is None else y + residual), mean, var

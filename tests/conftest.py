@@ -1,0 +1,42 @@
+"""What all tests share: seeds, one thread, memory that starts as NaN, and a torchvision that imports."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _torchvision_schemas() -> torch.library.Library | None:
+    """Declares the operators that `import torchvision` looks up, where its own library does not fit this torch.
+
+    That is so for the wheel of the package index beside a CPU build of torch. The models need none of the operators.
+    """
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        torch.ops.load_library(Path(spec.origin).parent / "_C.so")
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+_TORCHVISION = _torchvision_schemas()  # the declarations last as long as this object
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty and its kin return NaN: an operator that leaves an element unwritten is found out."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
