@@ -2,16 +2,20 @@
 
 from hwprune.graph.groups import Frozen, Group, Groups, Slot, keep_first, keep_top
 from hwprune.graph.resize import resize
+from hwprune.graph.segments import Axis, Segment, segments
 from hwprune.graph.trace import Program, trace
 
 __all__ = [
+    "Axis",
     "Frozen",
     "Group",
     "Groups",
     "Program",
+    "Segment",
     "Slot",
     "keep_first",
     "keep_top",
     "resize",
+    "segments",
     "trace",
 ]
