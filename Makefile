@@ -1,0 +1,61 @@
+# The menu. Everything runs in .venv, which the first command that needs it creates.
+#
+#   make demo       train a small network on the digits, prune it to half of its latency here, and report
+#   make test       the whole test suite
+#   make check      ruff, mypy, clang-format, then the tests
+#   make bench      reproduce benchmarks/results on this machine
+#   make gpu-check  tests and benchmarks on a CUDA device
+#   make wheel      sdist and wheel into dist/
+#
+# PYTHON=python3.12 chooses the interpreter, PIP_FLAGS=... adds to every pip install (an index for a CPU-only torch, say).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS)
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: help demo test check lint bench gpu-check wheel clean
+help:
+	@sed -n '/^#   make/s/^#   //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.installed: $(BIN)/python $(SOURCES)
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+# torchvision asks for one build of torch, and pip would replace the installed one to please it: hence --no-deps.
+$(VENV)/test.installed: $(VENV)/demo.installed
+	$(INSTALL) --editable '.[demo,onnx,test]' huggingface_hub pillow pyyaml
+	$(INSTALL) --no-deps torchvision timm torch-pruning
+	touch $@
+
+demo: $(VENV)/demo.installed
+	$(BIN)/hwprune prune --model resnet8 --data digits --budget 50% --method dsa --out runs/demo
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest -ra
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.[ch]*')
+
+check: lint test
+
+bench: $(VENV)/test.installed
+	set -e; for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench; done
+
+gpu-check: $(VENV)/test.installed
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu-check needs a CUDA device, and torch sees none here.")'
+	$(MAKE) test bench
+
+wheel: $(VENV)/test.installed
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf build dist hwprune/*.so *.egg-info
