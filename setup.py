@@ -25,7 +25,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
-HEADERS = sorted(glob("csrc/**/*.h*", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
 def cuda_home():
@@ -36,7 +35,7 @@ def cuda_home():
 
 
 def extensions():
-    yield Extension("hwprune._cpp", sorted(glob("csrc/cpu/*.cpp")), depends=HEADERS)
+    yield Extension("hwprune._cpp", sorted(glob("csrc/cpu/*.cpp")))
     want, home = os.environ.get("HWPRUNE_CUDA", "auto"), cuda_home()
     if want not in ("0", "1", "auto"):
         raise SystemExit(f"HWPRUNE_CUDA={want} is not one of 0, 1, auto.")
@@ -47,7 +46,6 @@ def extensions():
         yield Extension(
             "hwprune._cuda",
             sources,
-            depends=HEADERS,
             include_dirs=[str(home / "include")],
             library_dirs=[str(home / "lib64")],
             libraries=["cudart_static", "dl", "pthread", "rt"],
