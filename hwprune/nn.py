@@ -1,0 +1,373 @@
+"""Channel masks inside a user's own network, and convolutions over :mod:`hwprune.ops`.
+
+:func:`mask_` makes a network obey one flat mask ``m`` over the channels of all its groups. Masks are multiplied into
+*parameters*, never into activations: a channel that a batch norm follows needs no pass of its own, because
+``m·(γ·x̂ + β) = (m·γ)·x̂ + m·β``.
+
+The parameters themselves are not touched. A masked module keeps its parameters under their own names and only *reads*
+them as ``parameter · mask``, through a property of a subclass made for it. So ``state_dict``, ``named_parameters``, the
+optimiser and checkpoints see the same tensors under the same keys, masked or not, and :func:`unmask_` has nothing to
+copy back.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, Self, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hwprune import ops
+from hwprune.errors import InvalidInput, UnsupportedModel
+
+Conv = TypeVar("Conv", bound=nn.Conv2d)
+
+
+class _Slot(Protocol):
+    @property
+    def parameter(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def positions(self) -> Any: ...  # [width, r] int64
+    @property
+    def role(self) -> str: ...
+    @property
+    def folded(self) -> bool: ...
+
+
+class _Group(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def slots(self) -> Any: ...  # iterable of slots
+
+
+class GroupsLike(Protocol):
+    """What masking needs of ``hwprune.graph.Groups``."""
+
+    @property
+    def offsets(self) -> Any: ...  # [G+1] int64
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class _Parts:
+    """The mask of the current step, cut into one vector per distinct channel layout; ``None``: nothing is masked."""
+
+    def __init__(self) -> None:
+        self.vectors: tuple[Tensor, ...] | None = None
+        self.straight_through = False
+
+
+_SITES = "_hwprune_sites"  # attribute of a masked module: {parameter name: [(dim, part), ...]}
+_PARTS = "_hwprune_parts"
+_OUTPUT = ""  # the key in sites of a mask that acts on the module's output, for want of a parameter
+
+_subclasses: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+class _MaskedModule(nn.Module):
+    """Marks the subclasses made by :func:`mask_`; the wrapped class is the second base."""
+
+
+class Masked:
+    """The handle of a masked network, made by :func:`mask_`.
+
+    Attributes:
+        model: the network, masked in place.
+        total: number of channels over all groups, ΣC.
+    """
+
+    def __init__(self, model: nn.Module, total: int, parts: _Parts, layouts: list[np.ndarray]) -> None:
+        self.model = model
+        self.total = total
+        self._parts = parts
+        self._sizes = [len(layout) for layout in layouts]
+        flat = np.concatenate(layouts) if layouts else np.empty(0, np.int64)
+        self._index = torch.from_numpy(flat)  # [Σ sizes]; the value `total` points at a constant one
+        self._has_free = bool((flat == total).any())
+
+    def set(self, mask: Tensor | None, *, straight_through: bool = False) -> None:
+        """Mask the channels from the next forward on.
+
+        Args:
+            mask: flat ``[ΣC]``, real; gradients reach it. ``None``: every channel counts fully.
+            straight_through: masked parameters get the gradient that they would have with a mask of ones, so that
+                those of a channel that is off still learn. What was computed before them does not.
+
+        Raises:
+            InvalidInput: the mask has another shape.
+        """
+        self._parts.straight_through = straight_through
+        if mask is None:
+            self._parts.vectors = None
+            return
+        if mask.shape != (self.total,):
+            raise InvalidInput(f"the mask has shape {tuple(mask.shape)}; this network's groups need ({self.total},)")
+        if self._index.device != mask.device:
+            self._index = self._index.to(mask.device)
+        if self._has_free:
+            mask = torch.cat([mask, mask.new_ones(1)])
+        self._parts.vectors = mask.index_select(0, self._index).split(self._sizes)
+
+    def unmask_(self) -> nn.Module:
+        """Take the masks out again; returns the network as it was, with its current weights."""
+        return unmask_(self.model)
+
+
+def mask_(model: nn.Module, groups: GroupsLike) -> Masked:
+    """Make ``model`` obey a flat channel mask, in place.
+
+    The mask acts where a channel is *made*: on the weight and bias of the norm that follows (role ``norm``), on
+    producers that no norm folds (role ``out``), and on parameters that enter the data (role ``data``). Positions of a
+    parameter that belong to no group are never masked. Parameters that several modules share are masked in all of them.
+
+    Args:
+        model: any network; it must be the one that ``groups`` was traced from.
+        groups: the coupled channels.
+
+    Returns:
+        A handle whose :meth:`Masked.set` sets the mask. Until then nothing is masked.
+
+    Raises:
+        InvalidInput: the network is masked already, or a slot names a parameter it does not have.
+        UnsupportedModel: a norm without parameters leaves no place for the mask.
+    """
+    if any(isinstance(module, _MaskedModule) for module in model.modules()):
+        raise InvalidInput("the network is masked already; call unmask_ before masking it again")
+    offsets = np.asarray(groups.offsets, np.int64)
+    total = int(offsets[-1])
+    owners = _owners(model)
+
+    channels: dict[tuple[int, str, int], np.ndarray] = {}  # (module, name, dim) -> flat channel of each position
+    modules: dict[int, nn.Module] = {}
+    for group, offset in zip(groups, offsets[:-1], strict=True):
+        for slot in group.slots:
+            if slot.role == "in" or (slot.role == "out" and slot.folded):
+                continue
+            positions = np.asarray(slot.positions, np.int64)  # [width, r]
+            flat = np.broadcast_to(offset + np.arange(len(positions))[:, None], positions.shape)
+            for module, name, size in _sites(model, owners, slot):
+                modules[id(module)] = module
+                key = (id(module), name, slot.dim)
+                channel = channels.setdefault(key, np.full(size, total))
+                channel[positions.ravel()] = flat.ravel()
+
+    parts = _Parts()
+    numbers: dict[bytes, int] = {}
+    layouts: list[np.ndarray] = []
+    sites: dict[int, dict[str, list[tuple[int, int]]]] = {}
+    for (module_id, name, dim), channel in channels.items():
+        number = numbers.setdefault(channel.tobytes(), len(layouts))
+        if number == len(layouts):
+            layouts.append(channel)
+        sites.setdefault(module_id, {}).setdefault(name, []).append((dim, number))
+    for module_id, of_module in sites.items():
+        module = modules[module_id]
+        module.__dict__[_SITES] = of_module
+        module.__dict__[_PARTS] = parts
+        module.__class__ = _masked_class(type(module), tuple(sorted(of_module)))
+    return Masked(model, total, parts, layouts)
+
+
+def unmask_(model: nn.Module) -> nn.Module:
+    """Take out what :func:`mask_` put in; parameters were never moved, so their values and identity stay.
+
+    Returns:
+        ``model``; unchanged if it was not masked.
+    """
+    for module in model.modules():
+        if isinstance(module, _MaskedModule):
+            del module.__dict__[_SITES], module.__dict__[_PARTS]
+            module.__class__ = type(module).__bases__[1]
+    return model
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Tensor identity -> every (module, name) that holds it, so that tied parameters are masked in all places."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append((module, name))
+    return owners
+
+
+def _sites(
+    model: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]], slot: _Slot
+) -> Iterator[tuple[nn.Module, str, int]]:
+    """Where the mask of a slot acts: (module, parameter name or ``_OUTPUT``, number of positions)."""
+    path, _, name = slot.parameter.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
+    except (AttributeError, KeyError):
+        tensor = None
+    if tensor is None:
+        raise InvalidInput(f"the network has no parameter {slot.parameter!r}; were the groups traced from another one?")
+    size = tensor.shape[slot.dim]
+    if slot.role != "norm" or isinstance(tensor, nn.Parameter):
+        yield from ((owner, alias, size) for owner, alias in owners[id(tensor)])
+    elif getattr(module, "weight", None) is None and getattr(module, "bias", None) is None:
+        # Running statistics of a norm without γ and β: mask what it returns instead.
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedModel(
+                f"{slot.parameter} belongs to a {type(module).__name__} without weight and bias, so that its channels "
+                "cannot be masked; give it affine=True"
+            )
+        yield module, _OUTPUT, size
+
+
+def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of ``base`` that reads the parameters ``names`` masked; one per (class, names)."""
+    key = (base, names)
+    if key not in _subclasses:
+        members: dict[str, Any] = {name: _masked_parameter(name) for name in names if name != _OUTPUT}
+        if _OUTPUT in names:
+            members["forward"] = _masked_forward(base)
+        members["__module__"] = __name__
+        _subclasses[key] = cast(type[nn.Module], type(f"Masked{base.__name__}", (_MaskedModule, base), members))
+    return _subclasses[key]
+
+
+def _masked_parameter(name: str) -> property:
+    def read(module: nn.Module) -> Any:
+        stored = module._parameters[name] if name in module._parameters else module._buffers[name]
+        parts: _Parts = module.__dict__[_PARTS]
+        if stored is None or parts.vectors is None:
+            return stored
+        value: Tensor = stored
+        for dim, part in module.__dict__[_SITES][name]:
+            mask = parts.vectors[part].to(stored.dtype).view(-1, *(1,) * (stored.ndim - 1 - dim))
+            if parts.straight_through:  # the difference is zero and has the gradient of a mask of one
+                value = value.detach() * mask + (value - value.detach())
+                continue
+            value = value * mask
+        return value
+
+    return property(read)
+
+
+def _masked_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        y = cast(Tensor, base.forward(module, x))  # [N, C, ...]
+        vectors = module.__dict__[_PARTS].vectors
+        if vectors is None:
+            return y
+        ((_, part),) = module.__dict__[_SITES][_OUTPUT]
+        return y * vectors[part].to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
+
+    return forward
+
+
+def _numeric_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    if conv.padding_mode != "zeros":
+        raise UnsupportedModel(f"padding_mode={conv.padding_mode!r} is not supported here; possible: 'zeros'")
+    if not isinstance(conv.padding, str):
+        return cast(tuple[int, int], conv.padding)
+    if conv.padding == "valid":
+        return 0, 0
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(r % 2 for r in reach):
+        raise UnsupportedModel(f"padding='same' with kernel {conv.kernel_size} pads unevenly; give padding as numbers")
+    return reach[0] // 2, reach[1] // 2
+
+
+class MaskedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` that computes only the active channels: ``out_mask ⊙ (conv(in_mask ⊙ x) + bias)``.
+
+    Attributes:
+        in_mask: ``[Cin]`` in [0, 1] or ``None`` (all). Exact zeros are skipped.
+        out_mask: ``[Cout]`` in [0, 1] or ``None`` (all). Exact zeros are skipped.
+
+    Both are plain attributes, to be set before a forward; gradients reach them.
+    """
+
+    in_mask: Tensor | None = None
+    out_mask: Tensor | None = None
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> Self:
+        """The same convolution, with the *same* parameters. Raises UnsupportedModel for padding other than zeros."""
+        return _reinterpret(cls, conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, Cin, H, W]`` -> ``[N, Cout, H', W']``."""
+        return cast(
+            Tensor,
+            ops.masked_conv2d(
+                x,
+                self.weight,
+                in_mask=self.in_mask,
+                out_mask=self.out_mask,
+                shift=self.bias,
+                stride=self.stride,
+                padding=_numeric_padding(self),
+                dilation=self.dilation,
+                groups=self.groups,
+            ),
+        )
+
+
+class ColumnPrunedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` of which only some (kh, kw, c) columns of the unfolded input take part.
+
+    Attributes:
+        columns: sorted ``[K]`` int64, flat ``(kh·kW + kw)·Cin + c``; a buffer, saved in the state dict.
+    """
+
+    columns: Tensor
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, columns: Tensor) -> Self:
+        """The same convolution, with the *same* parameters, restricted to ``columns``.
+
+        Raises:
+            InvalidInput: columns not sorted, repeated or out of range.
+            UnsupportedModel: a grouped convolution, or padding other than zeros.
+        """
+        if conv.groups != 1:
+            raise UnsupportedModel(f"columns of a convolution with {conv.groups} groups cannot be pruned; possible: 1")
+        count = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        columns = torch.as_tensor(columns, dtype=torch.int64, device=conv.weight.device)
+        if columns.ndim != 1 or not (columns.diff() > 0).all() or not ((columns >= 0) & (columns < count)).all():
+            raise InvalidInput(f"columns must be a strictly ascending list within [0, {count}), got {columns.tolist()}")
+        pruned = _reinterpret(cls, conv)
+        pruned.register_buffer("columns", columns)
+        return pruned
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, Cin, H, W]`` -> ``[N, Cout, H', W']``."""
+        return cast(
+            Tensor,
+            ops.masked_conv2d(
+                x,
+                self.weight,
+                shift=self.bias,
+                stride=self.stride,
+                padding=_numeric_padding(self),
+                dilation=self.dilation,
+                columns=self.columns,
+            ),
+        )
+
+
+def _reinterpret(cls: type[Conv], conv: nn.Conv2d) -> Conv:
+    """A ``cls`` with the configuration of ``conv`` that holds the very same parameters."""
+    _numeric_padding(conv)
+    same = cls(
+        conv.in_channels,
+        conv.out_channels,
+        cast(tuple[int, int], conv.kernel_size),
+        stride=cast(tuple[int, int], conv.stride),
+        padding=cast(Any, conv.padding),
+        dilation=cast(tuple[int, int], conv.dilation),
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    same.weight, same.bias = conv.weight, conv.bias
+    return same.train(conv.training)

@@ -1,0 +1,5 @@
+"""How keep ratios are learned: the protocol, the registry, and one file per method."""
+
+from hwprune.search.base import METHODS, Context, Method, Search, SearchResult, create, method_class, search
+
+__all__ = ["METHODS", "Context", "Method", "Search", "SearchResult", "create", "method_class", "search"]

@@ -1,0 +1,358 @@
+"""The protocol of a search method, and the session that runs one inside any training loop.
+
+A method decides, while the weights train, how many channels every group should keep and which. All of them share the
+masks, the cost model and the budget controller, so that they can be compared at equal measured milliseconds.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hwprune.allocator import Allocation, allocate
+from hwprune.budget import BudgetController
+from hwprune.errors import InvalidInput
+from hwprune.graph import Groups
+from hwprune.latency import CostModel
+from hwprune.nn import mask_
+from hwprune.train import LossFn, Recipe, fit
+
+METHODS: dict[str, str] = {
+    "dsa": "hwprune.search.dsa:DSA",
+    "uniform": "hwprune.search.uniform:Uniform",
+}
+
+
+@dataclass
+class Context:
+    """What a method is given to work with.
+
+    Attributes:
+        model: the network, with masks in place; its parameters are the user's own.
+        groups: the coupled channels. G groups, ΣC channels.
+        cost: prices widths; milliseconds or FLOPs.
+        controller: says how strongly the budget pulls.
+        steps: optimiser steps the search will take; 0 when nothing is trained.
+        generator: the only source of randomness; its state is part of a checkpoint.
+        device: where flat arrays live.
+        minimum: [G] int64, the least width of each group.
+        maximum: [G] int64, the greatest; equal to ``minimum`` for groups pinned by the user.
+    """
+
+    model: nn.Module
+    groups: Groups
+    cost: CostModel
+    controller: BudgetController
+    steps: int
+    generator: torch.Generator
+    device: torch.device
+    minimum: NDArray[np.int64]
+    maximum: NDArray[np.int64]
+
+    def rounded(self, widths: Tensor) -> NDArray[np.int64]:
+        """Integer widths next to the real ones, within [minimum, maximum]. [G]"""
+        nearest = np.rint(widths.detach().double().cpu().numpy()).astype(np.int64)
+        return np.clip(nearest, self.minimum, self.maximum)
+
+
+class Method(ABC):
+    """One way to find widths. A subclass is one file in ``hwprune/search`` and one line in ``METHODS``.
+
+    Order of calls: ``setup`` once; for every training step ``masks``, forward, backward, ``after_backward``, optimiser,
+    ``after_step``; at the end ``widths`` and ``ranking``. Constructor arguments are the options a user may give.
+
+    Attributes:
+        name: key in ``METHODS``. summary: one line for the help. source: the paper, or "reconstruction".
+        straight_through: masked parameters get the gradient that they would have unmasked.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    straight_through: bool = False
+    context: Context
+
+    def setup(self, context: Context) -> None:
+        """Look at the network before the first step."""
+        self.context = context
+
+    def masks(self, step: int) -> Tensor | None:
+        """The flat mask [ΣC] of this step, ``None`` for none. If it requires grad, the loss is differentiated to it."""
+        return None
+
+    def after_backward(self, step: int) -> None:  # noqa: B027  a method may have nothing to do here, as below
+        """Gradients of parameters and mask are there; the optimiser has not stepped yet."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """The optimiser has stepped."""
+
+    @abstractmethod
+    def widths(self) -> Tensor:
+        """Real-valued widths found so far. [G]"""
+
+    @abstractmethod
+    def ranking(self) -> Tensor:
+        """How much each channel matters, above 0; the best of every group are kept. [ΣC]"""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed search needs: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restore :meth:`state_dict`; called after :meth:`setup`."""
+
+    def log(self) -> dict[str, float]:
+        """Figures for the history of the search."""
+        return {}
+
+    @classmethod
+    def allocate(
+        cls,
+        groups: Groups,
+        cost: CostModel,
+        widths: Tensor,
+        ranking: Tensor,
+        budget: float,
+        *,
+        minimum: NDArray[np.int64] | None = None,
+        multiple: int | NDArray[np.int64] = 1,
+        pinned: Mapping[int, int] | None = None,
+    ) -> Allocation:
+        """Integer widths within ``budget`` (unit of ``cost``) from what was found: ``widths`` [G], ``ranking`` [ΣC].
+
+        It needs nothing but its arguments, so that it can be repeated with a tighter budget long after the search.
+
+        Raises:
+            InfeasibleBudget: no widths are that cheap.
+        """
+        value = worth(cost, widths)
+        return allocate(cost, value, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+
+
+def worth(cost: CostModel, widths: Tensor) -> list[NDArray[np.float64]]:
+    """What each level of each group is worth, when a search has settled at the real-valued ``widths`` [G].
+
+    There, one channel more is worth what it costs: λ d cost / dw. The concave utility w (d cost / dw) log(n / w) has
+    that slope at n = w in every group, λ aside, so maximising it under the same budget reproduces the learned widths;
+    plateaus, rounding and a tighter budget bend all of them in proportion to their size. (Reconstruction.)
+    """
+    learned = widths.detach().double().cpu()
+    _, slope = cost.value_and_grad(learned)
+    share = (slope.double().cpu().clamp_min(0) * learned).numpy()  # [G] in the unit of the cost
+    # Where the smoothed cost is flat, width is free but not worthless.
+    share = np.maximum(share, 1e-3 * share.mean()) if share.any() else np.ones_like(share)
+    return [part * np.log(cost.levels(g) / float(w)) for g, (part, w) in enumerate(zip(share, learned, strict=True))]
+
+
+def method_class(name: str) -> type[Method]:
+    """The class behind a name in ``METHODS``. Raises InvalidInput for an unknown one."""
+    if name not in METHODS:
+        raise InvalidInput(f"search method {name!r} is unknown; possible: {', '.join(sorted(METHODS))}")
+    module, _, attribute = METHODS[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    assert issubclass(found, Method)
+    return found
+
+
+def create(name: str, **options: Any) -> Method:
+    """A method by name. Raises InvalidInput for an unknown name or option."""
+    cls = method_class(name)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        accepted = [key for key in cls.__init__.__annotations__ if key != "return"]
+        raise InvalidInput(
+            f"search method {name!r} does not take {options}; its options: {', '.join(accepted) or 'none'}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, for ``method_class(name).allocate``.
+
+    widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
+    per recorded step.
+    """
+
+    widths: Tensor
+    ranking: Tensor
+    log: list[dict[str, float]] = field(repr=False)
+
+
+class Search:
+    """A method at work on a network, as step hooks for any training loop.
+
+    The network is masked from construction to :meth:`close` (or the end of a ``with`` block)::
+
+        with Search("dsa", model, groups, cost, controller, steps=1000) as search:
+            for step, (x, y) in enumerate(batches):
+                search.before_step(step)
+                loss_fn(model(x), y).backward()
+                search.after_backward(step)
+                optimiser.step(); optimiser.zero_grad()
+                search.after_step(step)
+        found = search.result()
+
+    Args:
+        method: a name in ``METHODS``, or an object.
+        steps: optimiser steps that will be taken; steps count from 0.
+        options: arguments of the method, when it is given by name.
+        seed: of everything random in the search.
+        minimum: [G] least widths, at least one each. pinned: group index -> width that it must have.
+        log_every: a row of ``history`` is recorded at multiples of this step.
+    """
+
+    def __init__(
+        self,
+        method: str | Method,
+        model: nn.Module,
+        groups: Groups,
+        cost: CostModel,
+        controller: BudgetController,
+        steps: int,
+        options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        *,
+        minimum: NDArray[np.int64] | None = None,
+        pinned: Mapping[int, int] | None = None,
+        log_every: int = 20,
+    ) -> None:
+        self.method = create(method, **(options or {})) if isinstance(method, str) else method
+        self.history: list[dict[str, float]] = []
+        self._log_every = log_every
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        generator = torch.Generator(device)
+        generator.manual_seed(seed)
+        lowest, highest = bounds(groups, minimum, pinned or {})
+        self.context = Context(model, groups, cost, controller, steps, generator, device, lowest, highest)
+        self._masked = mask_(model, groups)
+        try:
+            self.method.setup(self.context)
+        except BaseException:
+            self.close()
+            raise
+
+    def before_step(self, step: int) -> None:
+        """Put the masks of this step in."""
+        self._masked.set(self.method.masks(step), straight_through=self.method.straight_through)
+
+    def after_backward(self, step: int) -> None:
+        """Hand the gradients to the method."""
+        self.method.after_backward(step)
+
+    def after_step(self, step: int) -> None:
+        """Let the method move, and record how it stands."""
+        self.method.after_step(step)
+        if step % self._log_every == 0 or step == self.context.steps - 1:
+            self.history.append({"step": float(step), **self.method.log()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the network and its optimiser."""
+        return {
+            "method": self.method.state_dict(),
+            "controller": dict(self.context.controller.state_dict()),
+            "generator": self.context.generator.get_state(),
+            "history": [dict(row) for row in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.method.load_state_dict(state["method"])
+        self.context.controller.load_state_dict(state["controller"])
+        self.context.generator.set_state(state["generator"].cpu())
+        self.history = [dict(row) for row in state["history"]]
+
+    def widths(self) -> Tensor:
+        """See :meth:`Method.widths`."""
+        return self.method.widths()
+
+    def ranking(self) -> Tensor:
+        """See :meth:`Method.ranking`."""
+        return self.method.ranking()
+
+    def log(self) -> dict[str, float]:
+        """See :meth:`Method.log`."""
+        return self.method.log()
+
+    def result(self) -> SearchResult:
+        """What has been found so far."""
+        widths, ranking = self.widths().detach().double().cpu(), self.ranking().detach().float().cpu()
+        return SearchResult(widths, ranking, [dict(row) for row in self.history])
+
+    def close(self) -> None:
+        """Take the masks out of the network; the search can still be asked for its result."""
+        self._masked.unmask_()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def search(
+    method: str | Method,
+    model: nn.Module,
+    groups: Groups,
+    cost: CostModel,
+    budget: float,
+    loader: Iterable[Any],
+    recipe: Recipe,
+    *,
+    loss_fn: LossFn | None = None,
+    options: Mapping[str, Any] | None = None,
+    minimum: NDArray[np.int64] | None = None,
+    pinned: Mapping[int, int] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> SearchResult:
+    """Train ``model`` by ``recipe`` with a method deciding the widths on the way; the weights change in place.
+
+    Args:
+        budget: in the unit of ``cost``; it is approached linearly over the first half of the steps.
+        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length.
+        checkpoint, resume: a file that continues an interrupted search, weights and optimiser included.
+
+    Raises:
+        InvalidInput: unknown method or options, or a budget outside (0, dense].
+    """
+    steps = recipe.epochs * len(loader)  # type: ignore[arg-type]
+    controller = BudgetController(budget, cost.dense, ramp_steps=steps // 2)
+    with Search(
+        method, model, groups, cost, controller, steps, options, recipe.seed, minimum=minimum, pinned=pinned
+    ) as session:
+        fit(
+            model,
+            loader,
+            recipe,
+            loss_fn=loss_fn,
+            hooks=session,
+            checkpoint=checkpoint,
+            resume=resume,
+            progress=progress,
+            description=f"search ({session.method.name})",
+        )
+        return session.result()
+
+
+def bounds(
+    groups: Groups, minimum: NDArray[np.int64] | None, pinned: Mapping[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Least and greatest width of every group. [G], [G]"""
+    highest = np.asarray(groups.widths, np.int64).copy()
+    lowest = np.ones_like(highest) if minimum is None else np.asarray(minimum, np.int64).copy()
+    if lowest.shape != highest.shape or (lowest < 1).any() or (lowest > highest).any():
+        raise InvalidInput(f"minimum={lowest.tolist()} must lie between 1 and the full widths {highest.tolist()}")
+    for group, width in pinned.items():
+        if not (0 <= group < len(highest) and 1 <= width <= highest[group]):
+            raise InvalidInput(f"group {group} cannot be pinned to {width}; widths are {highest.tolist()}")
+        lowest[group] = highest[group] = width
+    return lowest, highest

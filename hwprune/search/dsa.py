@@ -1,0 +1,319 @@
+"""Differentiable sparsity allocation (Ning et al., ECCV 2020, arXiv 2004.02164) on a measured latency.
+
+Every group has a keep ratio α = sigmoid(θ). Each step, the threshold is solved at which the channels' keep
+probabilities p_i = σ(β₂ (log b_i - log β₁)) average to α; masks m_i ~ Bernoulli(p_i) are drawn and folded into the
+network. The gradient of the loss with respect to the masks is straight-through, and reaches the ratio by implicit
+differentiation of that condition: dL/dα = C Σ w_i dL/dm_i with w = softmax(log p(1-p)), the mean over the channels near
+the threshold. β₂ is annealed, so that the choice of channels hardens.
+
+From the authors' released code: p and its floor of 1 %, Bernoulli masks after the batch norm, b = |γ|, θ = 5 at the
+start, β₂ as a schedule. Reconstruction, where no source states it: the budget on milliseconds by an augmented
+Lagrangian, Adam's step size and its decay, the range of β₂, the warm-up. Different on purpose: every member of a group
+votes on b (the authors take the first), and the loss gradient is put on the scale of the cost gradient, so that one
+step size and one penalty fit all networks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hwprune import ops
+from hwprune.errors import InvalidInput
+from hwprune.graph import Groups
+from hwprune.importance import importance
+from hwprune.search.base import Context, Method
+
+_SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
+_SIZE_DECAY = 0.99  # of the running size of the loss gradient
+_LEAST = 1e-12
+
+
+class DSA(Method):
+    """Learns one keep ratio per group by gradient, beside the weights.
+
+    Args:
+        lr: Adam's step on θ. ``None``: ``25 / steps``, at most 0.1, so that a short search can travel as far as a long
+            one; it falls by a cosine to a tenth.
+        theta: initial θ; α starts at sigmoid(theta).
+        temperature: β₂ at the start and at the end; log-linear in between, and held over the last tenth.
+        warmup: greatest part of the steps spent without masks, waiting for importances to differ. A network whose
+            importances differ from the start (a trained one) is not warmed up.
+        interval: training steps per step of the ratios; mask gradients are averaged in between.
+        balance: size of the loss gradient beside that of the cost gradient, over time. Most of the former is noise of
+            batches and masks, which Adam averages out, so it may be small.
+        tie_break: exponent of the weight norm beside |γ|, to order channels whose γ are equal.
+        spread: least standard deviation of log b within a group: one that is flatter is stretched, tenfold at most, so
+            that every group hardens at the same temperature.
+        straight_through: γ and β of a dropped channel learn as if it had been kept.
+    """
+
+    name = "dsa"
+    summary = "differentiable sparsity allocation: one learned keep ratio per group"
+    source = "Ning et al., ECCV 2020 (arXiv 2004.02164), with a latency budget"
+
+    def __init__(
+        self,
+        lr: float | None = None,
+        theta: float = 5.0,
+        temperature: tuple[float, float] = (2.0, 100.0),
+        warmup: float = 0.2,
+        interval: int = 1,
+        balance: float = 0.1,
+        tie_break: float = 0.05,
+        spread: float = 0.3,
+        straight_through: bool = False,
+    ) -> None:
+        if not 0 < temperature[0] <= temperature[1]:
+            raise InvalidInput(f"temperature={temperature} must rise from one positive number to another")
+        if not 0 <= warmup < 1 or interval < 1 or (lr is not None and lr <= 0):
+            raise InvalidInput(f"warmup={warmup} must lie in [0, 1), interval={interval} be >= 1, lr={lr} be positive")
+        self.lr = lr
+        self.initial_theta = theta
+        self.temperature = temperature
+        self.warmup = warmup
+        self.interval = interval
+        self.balance = balance
+        self.tie_break = tie_break
+        self.spread = spread
+        self.straight_through = straight_through
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        groups, device = context.groups, context.device
+        self._live = LiveImportance(context.model, groups, device, self.tie_break, self.spread)
+        self._offsets = torch.from_numpy(groups.offsets).to(device)
+        self._full = torch.from_numpy(groups.widths).to(device, torch.float32)  # [G]
+        # At α = 1 the sigmoid would need an infinite θ; a quarter channel below the minimum still rounds up to it.
+        lowest = torch.from_numpy(context.minimum).to(device, torch.float32).sub(0.25).div(self._full)
+        highest = torch.from_numpy(context.maximum).to(device, torch.float32).div(self._full).clamp_max(0.9995)
+        self._least, self._most = lowest.minimum(highest).logit(), highest.logit()  # [G]
+        self.theta = torch.full_like(self._full, self.initial_theta).clamp_(self._least, self._most)
+        self._exp_avg = torch.zeros_like(self.theta)
+        self._exp_avg_sq = torch.zeros_like(self.theta)
+        self._accumulated = torch.zeros(groups.total, device=device)  # Σ dL/dm since the last step of the ratios
+        self._updates = 0
+        self._loss_size = self._loss_weight = 0.0  # running mean of ‖dL/dα‖, and the weights summed in it
+        self._mask: Tensor | None = None
+        self._p = torch.ones(groups.total, device=device)
+        self._cost_soft = self._cost_hard = float(context.cost.dense)
+        self._multiplier = 0.0
+        self._start = 0 if self._live.differs() else None  # first step with masks
+        # The multiplier integrates the excess. Thirty updates in a search keep it slower than the ratios it steers;
+        # with one per step, the two chase each other around the budget.
+        self._dual_interval = max(1, context.steps // (30 * self.interval))
+
+    def temperature_at(self, step: int) -> float:
+        """β₂: log-linear over the first nine tenths of the masked steps, then constant."""
+        low, high = self.temperature
+        return low * (high / low) ** min(1.0, self._progress(step) / 0.9)
+
+    def masks(self, step: int) -> Tensor | None:
+        if self._start is None and (step >= self.warmup * self.context.steps or self._live.differs()):
+            self._start = step
+        if self._start is None:
+            return None
+        uniforms = torch.rand(len(self._p), generator=self.context.generator, device=self.context.device)
+        scores = self._live()
+        _, self._p, mask = ops.ratio_forward(self.theta, scores, self._offsets, self.temperature_at(step), uniforms)
+        self._mask = mask.requires_grad_()
+        return self._mask
+
+    def after_backward(self, step: int) -> None:
+        if self._mask is None:
+            return
+        if self._mask.grad is None:
+            raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
+        # A step that overflowed (mixed precision skips it) says nothing about the masks.
+        gradient = self._mask.grad
+        self._accumulated += torch.where(gradient.isfinite().all(), gradient, 0.0)
+        self._mask = None
+
+    def after_step(self, step: int) -> None:
+        if self._start is None or (step - self._start + 1) % self.interval:
+            return
+        context, since = self.context, step - self._start
+        widths = self.widths()
+        cost, slope = context.cost.value_and_grad(widths)
+        slope = slope.to(self.theta) / context.cost.dense  # [G] d (cost / dense) / d width
+        self._cost_soft = float(cost)
+        self._cost_hard = float(context.cost.price(context.rounded(widths)))
+        self._multiplier = context.controller.multiplier(self._cost_soft, since)
+        if self._updates % self._dual_interval == 0:
+            context.controller.update(self._cost_hard, since)
+
+        self._updates += 1
+        cost_grad = slope * self._full  # [G] d (cost / dense) / dα
+        size = self._loss_size / self._loss_weight if self._loss_weight else 0.0
+        scale = self.balance * float(cost_grad.norm()) / size if size > 0 else 1.0
+        ratio_grad = ops.ratio_step(
+            self.theta,
+            self._accumulated * (scale / self.interval),
+            self._p,
+            self._offsets,
+            cost_grad,
+            self._multiplier,
+            self._exp_avg,
+            self._exp_avg_sq,
+            step=self._updates,
+            lr=self._lr_at(step),
+        )
+        loss_grad = (ratio_grad - self._multiplier * cost_grad) / scale  # [G] dL / dα
+        self._loss_size = _SIZE_DECAY * self._loss_size + (1 - _SIZE_DECAY) * float(loss_grad.norm())
+        self._loss_weight = _SIZE_DECAY * self._loss_weight + (1 - _SIZE_DECAY)
+        self.theta.clamp_(self._least, self._most)
+        self._accumulated.zero_()
+
+    def widths(self) -> Tensor:
+        return self.theta.sigmoid() * self._full
+
+    def ranking(self) -> Tensor:
+        return self._live()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "theta": self.theta.clone(),
+            "exp_avg": self._exp_avg.clone(),
+            "exp_avg_sq": self._exp_avg_sq.clone(),
+            "accumulated": self._accumulated.clone(),
+            "p": self._p.clone(),
+            "updates": self._updates,
+            "loss_size": self._loss_size,
+            "loss_weight": self._loss_weight,
+            "start": self._start,
+            "costs": [self._cost_soft, self._cost_hard, self._multiplier],
+            "live": self._live.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["theta"].shape != self.theta.shape or state["p"].shape != self._p.shape:
+            raise InvalidInput(
+                f"the checkpoint's search has {len(state['theta'])} groups and {len(state['p'])} channels; this "
+                f"network has {len(self.theta)} and {len(self._p)}. Resume with the network it was made with"
+            )
+        self.theta.copy_(state["theta"])
+        self._exp_avg.copy_(state["exp_avg"])
+        self._exp_avg_sq.copy_(state["exp_avg_sq"])
+        self._accumulated.copy_(state["accumulated"])
+        self._p.copy_(state["p"])
+        self._updates = state["updates"]
+        self._loss_size, self._loss_weight = state["loss_size"], state["loss_weight"]
+        self._start = state["start"]
+        self._cost_soft, self._cost_hard, self._multiplier = state["costs"]
+        self._live.load_state_dict(state["live"])
+
+    def log(self) -> dict[str, float]:
+        """Kept share of channels, soft and hard cost, multiplier, and the largest std(count) / C over groups."""
+        widths = self.widths()
+        variance = torch.zeros_like(widths).index_add_(0, self._live.owner, self._p * (1 - self._p))
+        return {
+            "kept": float(widths.sum() / self._full.sum()),
+            "cost_soft": self._cost_soft,
+            "cost_hard": self._cost_hard,
+            "multiplier": self._multiplier,
+            "count_std": float((variance.sqrt() / self._full).max()),
+        }
+
+    def _progress(self, step: int) -> float:
+        start = self._start or 0
+        return min(1.0, (step - start) / max(1, self.context.steps - 1 - start))
+
+    def _lr_at(self, step: int) -> float:
+        start = self._start or 0
+        peak = min(0.1, 25 * self.interval / max(1, self.context.steps - start)) if self.lr is None else self.lr
+        return peak * (0.55 + 0.45 * math.cos(math.pi * self._progress(step)))
+
+
+class LiveImportance:
+    """The scores b [ΣC] from the weights as they are now, cheap enough for every step.
+
+    Every norm's |γ| is divided by its mean over the group, and a channel's score is the mean over the norms that scale
+    it, times a power of the weight norm. Groups without a norm are scored by the weight norm alone. The weight norm is
+    looked at again every ``refresh`` calls; γ at every call.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Groups, device: torch.device, tie_break: float, spread: float, refresh: int = 50
+    ) -> None:
+        self._model, self._groups = model, groups
+        self._tie_break, self._spread, self._refresh = tie_break, spread, refresh
+        widths = torch.from_numpy(groups.widths).to(device)
+        self.owner = torch.repeat_interleave(widths)  # [ΣC] group of each channel
+        self._widths = widths.to(torch.float32)
+
+        scales, index, channel, member, sizes = {}, [], [], [], []
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        base = 0
+        for name, positions, first in _scales(groups, parameters):
+            if name not in scales:
+                scales[name] = base
+                base += parameters[name].numel()
+            index.append(scales[name] + positions.ravel())
+            channel.append(np.repeat(first + np.arange(len(positions)), positions.shape[1]))
+            member.append(np.full(positions.size, len(sizes)))
+            sizes.append(positions.size)
+        self._parameters = [parameters[name] for name in scales]
+        joined = [np.concatenate([*part, np.empty(0, np.int64)]).astype(np.int64) for part in (index, channel, member)]
+        self._index, self._channel, self._member = (torch.from_numpy(part).to(device) for part in joined)  # [N] each
+        self._sizes = torch.tensor(sizes, device=device, dtype=torch.float32)
+        self._votes = torch.zeros(groups.total, device=device).index_add_(
+            0, self._channel, torch.ones(len(self._channel), device=device)
+        )
+        self._calls = 0
+        self._norms = torch.ones(groups.total, device=device)
+
+    @torch.no_grad()
+    def scales(self) -> Tensor:
+        """The mean normalised |γ| of every channel; 1 where no norm scales it. [ΣC]"""
+        if not self._parameters:
+            return torch.ones_like(self._votes)
+        entries = torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
+        entries = entries.float().abs()[self._index]  # [N]
+        mean = torch.zeros_like(self._sizes).index_add_(0, self._member, entries) / self._sizes
+        entries = entries / mean.clamp_min(_LEAST)[self._member]
+        total = torch.zeros_like(self._votes).index_add_(0, self._channel, entries)
+        return torch.where(self._votes > 0, total / self._votes.clamp_min(1), 1.0)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Scores, positive, with mean logarithm 0 in every group. [ΣC]"""
+        if self._calls % self._refresh == 0:
+            self._norms = importance(self._model, self._groups, "l2").clamp_min(_LEAST)
+        self._calls += 1
+        exponent = torch.where(self._votes > 0, self._tie_break, 1.0)
+        # A dead γ is as good as one a million times smaller than the mean: further down only the spread would change.
+        logs = self.scales().clamp_min(1e-6).log() + exponent * self._norms.log()
+        logs = logs - self._mean(logs)
+        deviation = self._mean(logs.square()).sqrt()
+        return (logs * (self._spread / deviation.clamp_min(_LEAST)).clamp(1, 10)).exp()
+
+    def differs(self) -> bool:
+        """Whether importances say anything yet: the median group's γ vary by a thousandth, or norms decide anyway."""
+        if not self._parameters:
+            return True
+        logs = self.scales().clamp_min(1e-6).log()
+        deviation = self._mean((logs - self._mean(logs)).square()).sqrt()  # [ΣC]
+        return bool(deviation[self._votes > 0].median() > 1e-3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self._calls, "norms": self._norms.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._calls = state["calls"]
+        self._norms.copy_(state["norms"])
+
+    def _mean(self, flat: Tensor) -> Tensor:
+        """The mean over each channel's group. [ΣC]"""
+        return (torch.zeros_like(self._widths).index_add_(0, self.owner, flat) / self._widths)[self.owner]
+
+
+def _scales(groups: Groups, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray, int]]:
+    """The γ of norms: (parameter, positions [width, r], first channel of the group)."""
+    for group, first in zip(groups, groups.offsets[:-1].tolist(), strict=True):
+        for slot in group.slots:
+            shifts = slot.parameter.rpartition(".")[2] in _SHIFTS
+            if slot.role == "norm" and slot.parameter in parameters and not shifts:
+                yield slot.parameter, slot.positions, first
