@@ -303,7 +303,7 @@ class _Run:
                 loss = (1 - recipe.distill) * loss + recipe.distill * distillation(output, logits, recipe.temperature)
         self._watch(loss, step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         if hooks is not None:
             hooks.after_backward(step)
@@ -373,7 +373,7 @@ class _Run:
                 buffer
             ) in self.model.buffers():  # each process has seen other images: let all have the first's statistics
                 dist.broadcast(buffer, 0)
-        self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.contiguous_format)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
