@@ -3,16 +3,19 @@
 from hwprune.graph.groups import Frozen, Group, Groups, Slot, keep_first, keep_top
 from hwprune.graph.resize import resize
 from hwprune.graph.segments import Axis, Segment, segments
+from hwprune.graph.surgery import Cut, cut
 from hwprune.graph.trace import Program, trace
 
 __all__ = [
     "Axis",
+    "Cut",
     "Frozen",
     "Group",
     "Groups",
     "Program",
     "Segment",
     "Slot",
+    "cut",
     "keep_first",
     "keep_top",
     "resize",

@@ -28,19 +28,17 @@ def resize(program: Program, keep: Any) -> fx.GraphModule:
     Node names and the keys of `state_dict()` are those of the dense program. Batch norms and dropouts are modules,
     so that `.train()` means what it means in the model. Raises InvalidInput if a group would be left empty.
     """
-    flat = program.groups.check_keep(keep)
-    labels = program.labels
-    alive = torch.ones(len(labels.coupling.root), dtype=torch.bool)
-    alive[torch.from_numpy(program.groups.components[~flat])] = False
-    return _Resizer(labels, alive).run()
+    return Resizer(program, keep).run()
 
 
-class _Resizer:
+class Resizer:
     """One walk over the dense graph; `alive` [labels] says which components stay."""
 
-    def __init__(self, labels: Labels, alive: Tensor) -> None:
-        self.labels = labels
-        self.alive = alive
+    def __init__(self, program: Program, keep: Any) -> None:
+        flat = program.groups.check_keep(keep)
+        self.labels: Labels = program.labels
+        self.alive = torch.ones(len(self.labels.coupling.root), dtype=torch.bool)
+        self.alive[torch.from_numpy(program.groups.components[~flat])] = False
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.map: dict[fx.Node, fx.Node] = {}
@@ -85,8 +83,14 @@ class _Resizer:
 
     def attribute(self, node: fx.Node) -> fx.Node:
         name = str(node.target)
-        tensor = operator_attribute(self.labels.module, node)
         source = self.labels.module.get_submodule(name.rpartition(".")[0])
+        dense = getattr(source, name.rpartition(".")[2])
+        tensor = self.thin(name, dense.detach()).clone()
+        self.hang(name, tensor, isinstance(dense, nn.Parameter), source)
+        return self.graph.create_node("get_attr", name, name=node.name)
+
+    def thin(self, name: str, tensor: Tensor) -> Tensor:
+        """The kept slices of `tensor`, which has the dense shape of the attribute called `name`."""
         for dim in range(tensor.ndim):
             if (name, dim) in self.labels.slots:
                 stays = self.alive[self.labels.canon(self.labels.slots[name, dim])]
@@ -96,8 +100,7 @@ class _Resizer:
                 continue
             if not bool(stays.all()):
                 tensor = tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
-        self.hang(name, tensor.clone(), isinstance(getattr(source, name.rpartition(".")[2]), nn.Parameter), source)
-        return self.graph.create_node("get_attr", name, name=node.name)
+        return tensor
 
     def hang(self, name: str, tensor: Tensor, trained: bool, source: nn.Module | None = None) -> None:
         if trained:

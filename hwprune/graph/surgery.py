@@ -1,0 +1,225 @@
+"""The user's own module, physically smaller, wherever its forward can follow; the resized program wherever it cannot."""
+
+import copy
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from hwprune.errors import InvalidInput
+from hwprune.graph.labels import bound_arguments
+from hwprune.graph.resize import Resizer
+from hwprune.graph.trace import Program, get_tensor, inference_mode_of
+
+_SLACK = 200  # roundings by which two runs of one network may differ: kernels choose their order by size and layout
+_JITTER = 0.05  # how far parameters are moved for the comparison, so that a branch that starts at zero is compared too
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A smaller network.
+
+    kind: "module" is a copy of the user's module with smaller tensors; "program" is the resized program, where the
+    module's forward cannot follow. `reason` says in one sentence why, and is empty for a module.
+    """
+
+    module: nn.Module
+    kind: Literal["module", "program"]
+    reason: str = ""
+
+
+def cut(model: nn.Module, program: Program, keep: Any) -> Cut:
+    """Make `model` smaller: keep the channels whose `keep` [ΣC] is true, with the values `model` has now.
+
+    The module is accepted only if it computes what `resize(program, keep)` computes, on the example inputs and with
+    parameters moved at random; `model` itself is left as it is. Training flags and `requires_grad` carry over.
+    Raises InvalidInput if a group would be left empty, or if `program` was traced from another model.
+    """
+    resizer = Resizer(program, keep)
+    resized = resizer.run()
+    _take_values(model, program, resized, resizer)
+    try:
+        module = _shrink(model, program, resized)
+    except Exception as error:  # a user's __deepcopy__ may do anything
+        return Cut(_as_trained(resized, model), "program", f"The module cannot be copied: {error}.")
+    reason = _deviation(module, resized, program)
+    if reason:
+        return Cut(_as_trained(resized, model), "program", reason)
+    return Cut(module, "module")
+
+
+def _take_values(model: nn.Module, program: Program, resized: fx.GraphModule, resizer: Resizer) -> None:
+    """Give the resized program the model's present values and `requires_grad`, should they not be shared any more."""
+    for key in dict(resized.named_parameters()) | dict(resized.named_buffers()):
+        mine, traced = _find(model, key), _find(program.module, key)
+        if mine is None or traced is None:
+            continue
+        if mine.shape != traced.shape:
+            raise InvalidInput(
+                f"{key} is {tuple(mine.shape)} in the model and {tuple(traced.shape)} in the program; trace this model."
+            )
+        small = get_tensor(resized, key)
+        if mine is not traced:
+            with torch.no_grad():
+                small.copy_(resizer.thin(key, mine.detach()))
+        small.requires_grad_(mine.requires_grad)
+
+
+def _find(root: nn.Module, key: str) -> Tensor | None:
+    try:
+        return get_tensor(root, key)
+    except AttributeError:
+        return None
+
+
+def _shrink(model: nn.Module, program: Program, resized: fx.GraphModule) -> nn.Module:
+    """A deep copy in which every tensor the program knows is the resized program's, wherever and however it is held."""
+    memo: dict[int, Any] = {}
+    for node in program.module.graph.nodes:
+        mine = _find(model, str(node.target)) if node.op == "get_attr" else None
+        if mine is not None:
+            memo[id(mine)] = get_tensor(resized, str(node.target))
+    module = copy.deepcopy(model, memo)
+    for part in module.modules():
+        _follow_tensors(part)
+    _follow_program(module, program, resized)
+    return module
+
+
+def _follow_tensors(module: nn.Module) -> None:
+    """Set the sizes that torch's own layers keep beside their tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        produced, consumed = (1, 0) if module.transposed else (0, 1)
+        inner = module.weight.shape[1] * module.groups
+        module.out_channels = inner if produced else module.weight.shape[0]
+        module.in_channels = inner if consumed else module.weight.shape[0]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        known = module.running_mean if module.running_mean is not None else weight
+        module.num_features = module.num_features if known is None else len(known)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+
+
+def _follow_program(module: nn.Module, program: Program, resized: fx.GraphModule) -> None:
+    """Carry the sizes that changed in the graph to the attributes they came from.
+
+    A call belongs to the module in whose forward it was made. Wherever that module, or the one that made it, has an
+    integer (or a list of them) equal to a size that the call was given, that is taken to be its source.
+    """
+    small = {node.name: node for node in resized.graph.nodes}
+    figures: dict[str, dict[Any, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for node in program.module.graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        if node.op == "call_function" and stack and small[node.name].op == "call_function":
+            for dense, now in _changed_sizes(node, small[node.name]):
+                figures[stack[-1][0]][dense].append(now)
+    for path, sizes in figures.items():
+        part = module.get_submodule(path)
+        for name, value in vars(part).items():
+            plain = tuple(value) if isinstance(value, list) else value
+            if isinstance(plain, (int, tuple)) and not isinstance(plain, bool) and sizes.get(plain):
+                now = max(sizes[plain], key=sizes[plain].count)
+                setattr(part, name, type(value)(now) if isinstance(value, (list, tuple)) else now)
+        if isinstance(part, nn.modules.conv._ConvNd):
+            _follow_tensors(part)
+
+
+def _changed_sizes(dense: fx.Node, small: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """Pairs of a size (or tuple of sizes) among the dense call's arguments and what the smaller call has instead."""
+    if not isinstance(dense.target, torch._ops.OpOverload) or not isinstance(small.target, torch._ops.OpOverload):
+        return
+    before, after = bound_arguments(dense), bound_arguments(small)
+    if dense.target is not small.target:  # a split into equal parts, which are not equal any more
+        parts = list(after["split_sizes"])
+        if "split_size" in before:
+            yield before["split_size"], parts[0] if len(set(parts)) == 1 else parts
+        elif "split_sizes" in before:
+            yield tuple(before["split_sizes"]), tuple(parts)
+            yield from zip(before["split_sizes"], parts, strict=True)
+        return
+    for key, old in before.items():
+        new = after[key]
+        if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
+            pairs = [(tuple(old), tuple(new)), *zip(old, new, strict=True)]
+        else:
+            pairs = [(old, new)]
+        yield from ((a, b) for a, b in pairs if a != b and _is_size(a) and _is_size(b))
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_size, value))
+    return isinstance(value, int) and value >= 0
+
+
+def _deviation(module: nn.Module, resized: fx.GraphModule, program: Program) -> str:
+    """Empty if both compute the same on the example inputs, else a sentence that names the place or the difference."""
+    parameters = [parameter for parameter in resized.parameters() if parameter.is_floating_point()]
+    given = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    with inference_mode_of(module), inference_mode_of(resized), torch.no_grad():
+        try:
+            for parameter in parameters:  # the two share their tensors
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter += _JITTER * noise * (_spread(parameter) or 1.0)
+            expected = [leaf for leaf in tree_leaves(resized(*program.example_inputs)) if isinstance(leaf, Tensor)]
+            try:
+                found = [leaf for leaf in tree_leaves(module(*program.example_inputs)) if isinstance(leaf, Tensor)]
+            except Exception as error:  # whatever a forward raises on sizes that it did not expect
+                return _place(error)
+        finally:
+            for parameter, value in zip(parameters, given, strict=True):
+                parameter.copy_(value)
+    if [leaf.shape for leaf in found] != [leaf.shape for leaf in expected]:
+        return f"The module returns {_shapes(found)} where the resized program returns {_shapes(expected)}."
+    for a, b in zip(found, expected, strict=True):
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return "An integer output of the module differs from the resized program's."
+            continue
+        error_now = float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))
+        if not error_now <= _SLACK * torch.finfo(b.dtype).eps:
+            return f"The module's output differs from the resized program's by {error_now:.1e} of its largest value."
+    return ""
+
+
+def _spread(parameter: Tensor) -> float:
+    return float(parameter.std()) if parameter.numel() > 1 else 0.0
+
+
+def _place(error: Exception) -> str:
+    """One sentence: which line of the user's forward cannot follow, and what it says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__] or frames
+    message = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    frame = inside[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}, `{frame.line}`, cannot follow: {message}."
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(str(list(tensor.shape)) for tensor in tensors) or "nothing"
+
+
+def _as_trained(resized: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The resized program with the training flags of the model."""
+    resized.train(model.training)
+    flags = {path: part.training for path, part in model.named_modules()}
+    for path, part in resized.named_modules():
+        part.training = flags.get(path, model.training)
+    return resized
