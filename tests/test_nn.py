@@ -1,0 +1,300 @@
+"""Masks fold exactly, reach the flat mask with their gradients, and leave no trace when they are taken out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hwprune.errors import InvalidInput, UnsupportedModel
+from hwprune.graph import keep_top, resize, trace
+from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, unmask_
+
+
+class Residual(nn.Module):
+    """Batch norms, a conv without one, a depthwise conv, a residual add, a bias, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.plain = nn.Conv2d(8, 12, 3, padding=1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.back = nn.Conv2d(12, 8, 1, bias=False)
+        self.back_norm = nn.BatchNorm2d(8)
+        self.hidden = nn.Linear(8, 10)
+        self.classifier = nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = torch.relu(self.norm(self.depthwise(torch.relu(self.plain(x)))))
+        x = torch.relu(x + self.back_norm(self.back(y)))
+        return self.classifier(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
+@dataclass
+class SlotStub:
+    parameter: str
+    dim: int
+    positions: np.ndarray
+    role: str
+    folded: bool = False
+
+
+@dataclass
+class GroupsStub:
+    """Groups drawn by hand, for layouts that a small network does not show."""
+
+    slots: list[list[SlotStub]]
+    widths: list[int]
+
+    @property
+    def offsets(self):
+        return np.concatenate([[0], np.cumsum(self.widths)])
+
+    def __iter__(self):
+        return iter([type("Group", (), {"slots": slots}) for slots in self.slots])
+
+
+def varied(model):
+    """Random batch norm parameters and statistics, so that a wrong fold shows."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def traced(model, *shape):
+    x = torch.randn(shape)
+    return trace(model.eval(), (x,)).groups, x
+
+
+def multiply_parameters(model, groups, mask):
+    """The definition, by hand: every masked parameter multiplied in place."""
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for group, first in zip(groups, groups.offsets, strict=False):
+            for slot in group.slots:
+                if slot.role == "in" or slot.folded or "running" in slot.parameter:
+                    continue
+                parameter = state[slot.parameter].movedim(slot.dim, 0)
+                for channel, positions in enumerate(slot.positions):
+                    parameter[positions] *= mask[first + channel]
+    return model
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["binary", "soft"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_masked_is_the_network_with_multiplied_parameters(soft, train):
+    model, reference = varied(Residual()), Residual()
+    groups, x = traced(model, 4, 3, 6, 6)
+    reference.load_state_dict(model.state_dict())
+    mask = torch.rand(groups.total) if soft else (torch.rand(groups.total) < 0.6).float()
+    expected = multiply_parameters(reference, groups, mask).train(train)(x)
+    masked = mask_(model, groups)
+    masked.set(mask)
+    torch.testing.assert_close(model.train(train)(x), expected, rtol=0, atol=0)
+
+
+def test_off_channels_are_exactly_zero_after_the_norm():
+    model = varied(Residual())
+    groups, x = traced(model, 2, 3, 6, 6)
+    names = {
+        slot.parameter: first for group, first in zip(groups, groups.offsets, strict=False) for slot in group.slots
+    }
+    mask = torch.ones(groups.total)
+    mask[names["norm.weight"] + 3] = 0
+    seen = []
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    mask_(model, groups).set(mask)
+    model(x)
+    assert not seen[0][:, 3].any() and seen[0][:, 2].all()
+
+
+def test_masked_equals_resized():
+    model = varied(Residual())
+    x = torch.randn(4, 3, 6, 6)
+    program = trace(model.eval(), (x,))
+    keep = keep_top(
+        program.groups, np.ceil(program.groups.widths * 0.6).astype(int), np.random.rand(program.groups.total)
+    )
+    mask_(model, program.groups).set(torch.from_numpy(keep).float())
+    torch.testing.assert_close(model(x), resize(program, keep).eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_flat_mask():
+    model = varied(Residual()).double()
+    groups, x = traced(model.float(), 2, 3, 4, 4)
+    model.double()
+    masked, x = mask_(model, groups), x.double()
+
+    def loss(mask):
+        masked.set(mask)
+        return model(x)
+
+    assert torch.autograd.gradcheck(loss, torch.rand(groups.total, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_parameters_of_a_channel_that_is_off_learn_only_straight_through(straight_through):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    slots = [SlotStub(f"0.{name}", 0, np.arange(2)[:, None], "out") for name in ("weight", "bias")]
+    mask = torch.tensor([0.0, 0.5], requires_grad=True)
+    mask_(model, GroupsStub([slots], [2])).set(mask, straight_through=straight_through)
+    x = torch.randn(5, 3)
+    model(x).sum().backward()
+    gradient = 5 * model[1].weight.detach()[0]  # [2] of the outputs of the first layer, summed over the batch
+    factor = torch.ones(2) if straight_through else mask.detach()
+    torch.testing.assert_close(dict(model.named_parameters())["0.bias"].grad, gradient * factor)
+    unmask_(model)
+    torch.testing.assert_close(mask.grad, (model[0](x) * gradient / 5).sum(0))
+
+
+def test_unmasking_leaves_no_trace():
+    model = varied(Residual())
+    groups, x = traced(model, 2, 3, 6, 6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    identities = [id(parameter) for parameter in model.parameters()]
+    types = [type(module) for module in model.modules()]
+    attributes = [set(module.__dict__) for module in model.modules()]
+    expected = model(x)
+
+    masked = mask_(model, groups)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    masked.set(torch.rand(groups.total))
+    assert list(model.state_dict()) == list(before)
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    assert not torch.equal(model(x), expected)
+
+    assert masked.unmask_() is model
+    assert [type(module) for module in model.modules()] == types
+    assert [set(module.__dict__) for module in model.modules()] == attributes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [id(parameter) for parameter in model.parameters()] == identities
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_the_optimiser_and_checkpoints_do_not_notice():
+    model = varied(Residual())
+    groups, x = traced(model, 4, 3, 6, 6)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    masked = mask_(model, groups)
+    masked.set((torch.rand(groups.total) < 0.7).float())
+    model.train()(x).square().sum().backward()
+    before = model.stem_norm._parameters["weight"].clone()
+    optimiser.step()
+    assert not torch.equal(model.stem_norm._parameters["weight"], before)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.stem_norm._parameters["weight"].zero_()
+    model.load_state_dict(saved)
+    unmask_(model)
+    assert torch.equal(model.stem_norm.weight, saved["stem_norm.weight"])
+
+
+def test_positions_outside_every_group_are_not_masked():
+    model = nn.Sequential(nn.BatchNorm2d(6))
+    slots = [SlotStub(f"0.{name}", 0, np.array([[1], [4]]), "norm") for name in ("weight", "bias", "running_mean")]
+    mask_(model, GroupsStub([slots], [2])).set(torch.tensor([0.0, 0.5]))
+    assert model[0].weight.tolist() == [1, 0, 1, 1, 0.5, 1]
+
+
+def test_a_channel_may_own_several_positions_and_a_parameter_several_groups():
+    model = nn.Sequential(nn.Linear(3, 6, bias=False))
+    first = SlotStub("0.weight", 0, np.array([[0, 5], [1, 4]]), "out")
+    second = SlotStub("0.weight", 0, np.array([[2], [3]]), "out")
+    consumed = SlotStub("0.weight", 1, np.arange(3)[:, None], "in")
+    weight = model[0].weight.detach().clone()
+    mask_(model, GroupsStub([[first], [second, consumed]], [2, 2])).set(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    scale = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.2, 0.1])
+    torch.testing.assert_close(model[0].weight, weight * scale[:, None])
+
+
+def test_tied_parameters_are_masked_wherever_they_are_read():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    slot = SlotStub("0.weight", 0, np.arange(4)[:, None], "out")
+    mask_(model, GroupsStub([[slot]], [4])).set(torch.zeros(4))
+    assert not model[0].weight.any() and not model[1].weight.any()
+
+
+def test_a_norm_without_parameters_is_masked_at_its_output():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 3, 1)).eval()
+    model[1].running_mean += 1  # so that zeroing the convolution would not zero the channel
+    groups, x = traced(model, 2, 2, 3, 3)
+    masked = mask_(model, groups)
+    seen = []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    masked.set(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    model(x)
+    assert not seen[0][:, 1].any() and seen[0][:, 0].all()
+
+
+def test_masks_work_under_compile():
+    model = varied(Residual())
+    groups, x = traced(model, 2, 3, 6, 6)
+    masked = mask_(model, groups)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        masked.set((torch.rand(groups.total) < 0.5).float())
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "message, wrong",
+    [
+        ("masked already", lambda model, groups: mask_(model, groups)),
+        ("shape", lambda model, groups: Masked.set(mask_(unmask_(model), groups), torch.ones(3))),
+        ("no parameter 'lost.weight'", lambda model, groups: mask_(unmask_(model), LOST)),
+    ],
+    ids=["twice", "shape", "parameter"],
+)
+def test_wrong_use_says_so(message, wrong):
+    model = Residual()
+    groups, _ = traced(model, 2, 3, 6, 6)
+    mask_(model, groups)
+    with pytest.raises(InvalidInput, match=message):
+        wrong(model, groups)
+
+
+LOST = GroupsStub([[SlotStub("lost.weight", 0, np.arange(4)[:, None], "out")]], [4])
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+def test_masked_conv_matches_conv_of_masked_input(padding):
+    conv = nn.Conv2d(6, 8, 3, padding=padding, groups=2)
+    x = torch.randn(2, 6, 5, 7)
+    masked = MaskedConv2d.from_conv(conv)
+    assert masked.weight is conv.weight
+    torch.testing.assert_close(masked(x), conv(x))
+    masked.in_mask, masked.out_mask = torch.rand(6), (torch.rand(8) < 0.5).float()
+    expected = conv(x * masked.in_mask[:, None, None]) * masked.out_mask[:, None, None]
+    torch.testing.assert_close(masked(x), expected)
+
+
+def test_column_pruned_conv_uses_only_its_columns():
+    conv = nn.Conv2d(4, 5, 3, stride=2, padding=1)
+    x = torch.randn(2, 4, 6, 6)
+    columns = torch.randperm(36)[:10].sort().values
+    pruned = ColumnPrunedConv2d.from_conv(conv, columns)
+    weight = conv.weight.permute(0, 2, 3, 1).reshape(5, 36)
+    kept = torch.zeros_like(weight).index_copy(1, columns, weight[:, columns]).view(5, 3, 3, 4).permute(0, 3, 1, 2)
+    torch.testing.assert_close(pruned(x), F.conv2d(x, kept, conv.bias, stride=2, padding=1))
+    assert torch.equal(pruned.state_dict()["columns"], columns)
+
+
+def test_convolutions_name_what_they_cannot_do():
+    with pytest.raises(UnsupportedModel, match="reflect"):
+        MaskedConv2d.from_conv(nn.Conv2d(3, 3, 3, padding_mode="reflect"))
+    with pytest.raises(UnsupportedModel, match="unevenly"):
+        MaskedConv2d.from_conv(nn.Conv2d(3, 3, 2, padding="same"))
+    with pytest.raises(UnsupportedModel, match="groups"):
+        ColumnPrunedConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), torch.arange(3))
+    for columns in ([0, 36], [3, 2], [1, 1], [-1, 4]):
+        with pytest.raises(InvalidInput, match="ascending"):
+            ColumnPrunedConv2d.from_conv(nn.Conv2d(4, 4, 3), torch.tensor(columns))
