@@ -27,13 +27,14 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
-        self.padding = (channels - in_channels) // 2
+        added = channels - in_channels
+        self.padding = (added // 2, added - added // 2)  # channels before and after; pruned apart, hence two numbers
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, channels, H / stride, W / stride]
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        if self.stride > 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
         return F.relu(out + x)
 
 

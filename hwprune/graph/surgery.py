@@ -1,10 +1,8 @@
-"""The user's own module, physically smaller, wherever its forward can follow; the resized program wherever it cannot."""
+"""The user's own module, physically smaller, where its forward can follow; the resized program where it cannot."""
 
 import copy
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hwprune.errors import InvalidInput
-from hwprune.graph.labels import bound_arguments
+from hwprune.graph.labels import _CONVS, bound_arguments, operator_of, shape_of
 from hwprune.graph.resize import Resizer
 from hwprune.graph.trace import Program, get_tensor, inference_mode_of
 
@@ -116,50 +114,82 @@ def _follow_tensors(module: nn.Module) -> None:
         module.num_parameters = module.weight.numel()
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """A size (or tuple of sizes) among the arguments of a call, as it was and as it is in the smaller program."""
+
+    dense: Any
+    now: Any
+    inner: bool  # the last dim of a view or the parts of a split, hence rather a head's dims than the number of heads
+
+
 def _follow_program(module: nn.Module, program: Program, resized: fx.GraphModule) -> None:
     """Carry the sizes that changed in the graph to the attributes they came from.
 
-    A call belongs to the module in whose forward it was made. Wherever that module, or the one that made it, has an
-    integer (or a list of them) equal to a size that the call was given, that is taken to be its source.
+    A call belongs to the module in whose forward it was made. Wherever that module has an integer (or a list of them)
+    equal to a size that the call was given, that is taken to be its source.
     """
     small = {node.name: node for node in resized.graph.nodes}
-    figures: dict[str, dict[Any, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    figures: dict[str, list[_Figure]] = defaultdict(list)
     for node in program.module.graph.nodes:
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        if node.op == "call_function" and stack and small[node.name].op == "call_function":
-            for dense, now in _changed_sizes(node, small[node.name]):
-                figures[stack[-1][0]][dense].append(now)
-    for path, sizes in figures.items():
+        if node.op == "call_function" and stack:
+            figures[stack[-1][0]].extend(_figures(node, small[node.name]))
+    for path, found in figures.items():
         part = module.get_submodule(path)
-        for name, value in vars(part).items():
-            plain = tuple(value) if isinstance(value, list) else value
-            if isinstance(plain, (int, tuple)) and not isinstance(plain, bool) and sizes.get(plain):
-                now = max(sizes[plain], key=sizes[plain].count)
-                setattr(part, name, type(value)(now) if isinstance(value, (list, tuple)) else now)
+        if all(figure.dense == figure.now for figure in found):
+            continue
         if isinstance(part, nn.modules.conv._ConvNd):
+            part.groups = next(figure.now for figure in found if figure.dense == part.groups)
             _follow_tensors(part)
+            continue
+        for name, value in vars(part).items():
+            if isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
+                now = _follow(name, tuple(value) if isinstance(value, list) else value, found)
+                setattr(part, name, now if isinstance(value, int) else type(value)(now))
 
 
-def _changed_sizes(dense: fx.Node, small: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """Pairs of a size (or tuple of sizes) among the dense call's arguments and what the smaller call has instead."""
+def _follow(name: str, value: Any, figures: list[_Figure]) -> Any:
+    """What an attribute becomes. Heads and their dims are told apart by the name where both have the same figure."""
+    equal = [figure for figure in figures if figure.dense == value]
+    counts_heads = "head" in name and "dim" not in name
+    likely = [figure for figure in equal if figure.inner != counts_heads] or equal
+    changed = [figure.now for figure in likely if figure.now != value]
+    return max(changed, key=changed.count) if changed else value
+
+
+def _figures(dense: fx.Node, small: fx.Node) -> list[_Figure]:
+    """The sizes that the two calls of one node were given."""
     if not isinstance(dense.target, torch._ops.OpOverload) or not isinstance(small.target, torch._ops.OpOverload):
-        return
-    before, after = bound_arguments(dense), bound_arguments(small)
-    if dense.target is not small.target:  # a split into equal parts, which are not equal any more
-        parts = list(after["split_sizes"])
-        if "split_size" in before:
-            yield before["split_size"], parts[0] if len(set(parts)) == 1 else parts
-        elif "split_sizes" in before:
-            yield tuple(before["split_sizes"]), tuple(parts)
-            yield from zip(before["split_sizes"], parts, strict=True)
-        return
+        return []
+    name, before, after = operator_of(dense), bound_arguments(dense), bound_arguments(small)
+    if name in _CONVS:
+        return [_Figure(before["groups"], after["groups"], inner=False)]
+    if dense.target is not small.target:
+        return _split_figures(dense, list(after["split_sizes"]))
+    found = []
     for key, old in before.items():
         new = after[key]
-        if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
-            pairs = [(tuple(old), tuple(new)), *zip(old, new, strict=True)]
-        else:
-            pairs = [(old, new)]
-        yield from ((a, b) for a, b in pairs if a != b and _is_size(a) and _is_size(b))
+        if isinstance(old, int) and isinstance(new, int):
+            found.append(_Figure(old, new, inner=True))
+        elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
+            last = len(old) - 1
+            found.append(_Figure(tuple(old), tuple(new), inner=True))
+            found += [_Figure(a, b, i == last or name.startswith("split")) for i, (a, b) in enumerate(zip(old, new))]
+            if name in ("pad", "constant_pad_nd"):
+                pairs = range(0, len(old), 2)
+                found += [_Figure(tuple(old[i : i + 2]), tuple(new[i : i + 2]), inner=True) for i in pairs]
+    return [figure for figure in found if _is_size(figure.dense) and _is_size(figure.now)]
+
+
+def _split_figures(dense: fx.Node, parts: list[int]) -> list[_Figure]:
+    """Those of a split into equal parts, which may be unequal now: `split` takes a list where it took a number."""
+    before = bound_arguments(dense)
+    if "split_size" not in before:
+        return []
+    assert isinstance(dense.args[0], fx.Node)
+    whole = _Figure(shape_of(dense.args[0])[before["dim"]], sum(parts), inner=True)
+    return [_Figure(before["split_size"], parts[0] if len(set(parts)) == 1 else parts, inner=True), whole]
 
 
 def _is_size(value: Any) -> bool:
