@@ -261,7 +261,7 @@ def _in_memory(name: str, source: _Images, batch_size: int, subset: int | None, 
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A permutation of which every prefix holds the classes in their proportions, to within one image each.
+    """A permutation of which every prefix holds the classes in their proportions, as nearly as whole images allow.
 
     Args:
         labels: [N] int64.
