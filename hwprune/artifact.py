@@ -17,8 +17,10 @@ import os
 import platform
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SPEC).unlink(missing_ok=True)  # old spec beside new weights would look whole
         for name, data in {**files, SPEC: json.dumps(spec, indent=1).encode()}.items():
-            _replace(folder / name, data)
+            write_file(folder / name, data)
     except OSError as error:
         raise InvalidInput(f"cannot write the artifact to {folder}: {error.strerror}; choose another folder") from error
     return folder
@@ -142,7 +144,7 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module] | None = Non
     folder = Path(folder)
     spec, files = _read(folder)
     if model_factory is None:
-        return _run_exported(folder, _checked(folder, PROGRAM, files))
+        return _exported(folder, files).module()
     from safetensors.torch import load as from_safetensors
 
     state = from_safetensors(_checked(folder, WEIGHTS, files))
@@ -173,20 +175,27 @@ def read_spec(folder: str | Path) -> Spec:
     return _read(Path(folder))[0]
 
 
-def export_onnx(module: nn.Module, example_inputs: Sequence[Tensor], path: str | Path) -> Path:
-    """Write a module as ONNX, with the example inputs' shapes. Raises BackendUnavailable without onnxscript."""
+def export_onnx(folder: str | Path, path: str | Path) -> Path:
+    """Write the program of an artifact as ONNX, with the shapes that it was saved with; returns the path.
+
+    Raises CorruptArtifact, InvalidInput where the path cannot be written, BackendUnavailable without onnxscript, and
+    UnsupportedModel where an operator has no ONNX form.
+    """
     import warnings
 
-    try:
-        import onnxscript  # noqa: F401  (torch's exporter imports it late and reports it as a bug of its own)
-    except ImportError as error:
-        raise BackendUnavailable("ONNX export needs onnxscript; install it with: pip install onnxscript") from error
-    path = Path(path)
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"ONNX export needs {package}; install it with: pip install onnx onnxscript")
+    path, folder = Path(path), Path(folder)
+    exported = _exported(folder, _read(folder)[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        onnx = torch.onnx.export(module.eval(), tuple(example_inputs), dynamo=True, verbose=False)
-    if onnx is None:
-        raise UnsupportedModel("torch.onnx could not export the model; deploy program.pt2 instead")
+        try:
+            onnx = torch.onnx.export(exported, dynamo=True, verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UnsupportedModel(f"the program in {folder} has no ONNX form ({reason}); deploy {PROGRAM}") from error
+    assert onnx is not None
     try:
         onnx.save(str(path))
     except OSError as error:
@@ -196,13 +205,21 @@ def export_onnx(module: nn.Module, example_inputs: Sequence[Tensor], path: str |
 
 def versions() -> dict[str, str]:
     """The software that made a result: hwprune, torch, Python."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         own = version("hwprune")
     except PackageNotFoundError:
         own = "uninstalled"
     return {"hwprune": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _export(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:
@@ -215,16 +232,6 @@ def _export(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(exported, buffer)
     return buffer.getvalue()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _read(folder: Path) -> tuple[Spec, Mapping[str, Any]]:
@@ -272,16 +279,16 @@ def _checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _run_exported(folder: Path, data: bytes) -> nn.Module:
-    path = folder / PROGRAM
+def _exported(folder: Path, files: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """The program of an artifact. Raises CorruptArtifact."""
+    path, data = folder / PROGRAM, _checked(folder, PROGRAM, files)
     try:
         _refuse_pickles(data)
-        module = torch.export.load(io.BytesIO(data)).module()
+        return torch.export.load(io.BytesIO(data))
     except CorruptArtifact as error:
         raise CorruptArtifact(f"{path} {error}") from None
     except Exception as error:  # torch names no kinds here: zip, JSON, schema and operator errors all come through
         raise CorruptArtifact(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
-    return module
 
 
 def _refuse_pickles(data: bytes) -> None:

@@ -317,7 +317,7 @@ def _at(staircase: Staircase, width: float) -> float:
 
 def _progress(search: Sequence[Row], training: Sequence[Row]) -> str:
     figures = []
-    if len(search) > 1:
+    if len(search) > 1 and all("target" in row for row in search):
         steps = [float(row["step"]) for row in search]
         curves = [
             (steps, [100 * float(row[key]) for row in search], css, label)

@@ -1,0 +1,844 @@
+"""The straight line: trace, profile, search, allocate, cut, measure, fine-tune, measure again.
+
+:func:`prune` is that line for networks that :func:`hwprune.train.fit` can train. :class:`Pruning` holds the same
+steps one by one, for a training loop of your own. Every phase leaves its result in the run's folder, so that a run
+killed at any moment continues where it was.
+"""
+
+import copy
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hwprune import artifact, report
+from hwprune.allocator import allocate, values_from_ranking
+from hwprune.budget import Budget, BudgetController
+from hwprune.errors import CorruptArtifact, InfeasibleBudget, InvalidInput
+from hwprune.graph import Program, cut, keep_first, keep_top, resize, trace
+from hwprune.latency import CostModel, LatencyTable, Sample, Target, build, fingerprint, flops_model
+from hwprune.latency import measure as measure_callable
+from hwprune.latency import profile as profile_program
+from hwprune.nn import mask_
+from hwprune.search import Method, Search, SearchResult, method_class
+from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
+
+LAUNCH_BOUND = 0.8  # floor / dense above which widths no longer buy time
+LEAST_USE = 0.93  # of the budget; a network that measures less is grown again
+MOST_USE = 0.985  # of the budget while allocating, so that noise in the last measurement does not break it
+AIM = 0.965  # where the next allocation aims, in the middle of the two
+
+Say = Callable[[str], None]
+
+
+class BudgetMissed(InfeasibleBudget):
+    """The finished network measured above its budget; ``result`` says by how much, and the run's folder keeps it."""
+
+    def __init__(self, message: str, result: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A budget in numbers, checked against the dense model and the floor."""
+
+    budget: Budget
+    dense_ms: float  # measured, whole forward
+    floor_ms: float  # measured, every group at its least width
+    frontier: tuple[Mapping[str, float], ...]  # rows of budget, channels and flops, as fractions of dense
+
+    def limit_ms(self, dense_ms: float) -> float | None:
+        """The budget in ms, given the dense latency of the same window; None for a budget in FLOPs."""
+        if self.budget.unit != "ms":
+            return None
+        return self.budget.amount if self.budget.kind == "ms" else self.budget.amount * dense_ms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Integer widths, and what the network of those widths measured. Times are medians of whole forwards."""
+
+    widths: NDArray[np.int64]  # [G]
+    predicted_ms: float
+    measured_ms: float
+    dense_ms: float  # the dense model, interleaved with it in the same window
+    limit_ms: float | None
+    rounds: tuple[Mapping[str, float], ...]  # every allocation that was tried: predicted, measured, budget
+
+    @property
+    def met(self) -> bool:
+        return self.limit_ms is None or self.measured_ms <= self.limit_ms
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What :func:`prune` returns: the smaller module, the contents of ``result.json``, and where they were saved."""
+
+    module: nn.Module
+    result: Mapping[str, Any]
+    folder: Path | None  # None when no folder was asked for
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    train_loader: Iterable[Any],
+    budget: str | Budget | None = None,
+    budget_ms: float | None = None,
+    test_loader: Iterable[Any] | None = None,
+    calibration_loader: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    target: Target | None = None,
+    method: str = "dsa",
+    options: Mapping[str, Any] | None = None,
+    guide: str = "ms",
+    recipe: Recipe | None = None,
+    epochs: int = 10,
+    search_epochs: int = 10,
+    dense_epochs: int = 0,
+    out: str | Path | None = None,
+    table: str | Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    seed: int = 0,
+    name: str | None = None,
+    attention: str = "heads",
+    provenance: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    say: Say | None = None,
+) -> Pruned:
+    """Prune a network until it was measured to run within a budget on a device, and train what is left.
+
+    ``example_inputs`` fix the batch whose latency counts: [N, ...]. The budget is ``budget_ms``, or a text: "2.4ms",
+    "50%" of the dense latency, or "50%flops". ``model`` is left as it is. The loaders give (inputs, labels);
+    ``loss_fn(outputs, labels)`` is cross-entropy by default. ``dense_epochs`` train the dense model first,
+    ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide`` is the
+    cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget.
+
+    With ``out``, the folder keeps the artifact, ``report.html``, ``result.json`` and the state that ``resume`` continues
+    from. ``table`` is the latency table to use and extend (by default the one in ``out``); ``provenance`` is kept with
+    the settings.
+
+    Raises InvalidInput or InfeasibleBudget before any training when the budget cannot be met, UnsupportedModel when
+    the model cannot be traced, TrainingDiverged, and BudgetMissed when the finished network measured above the budget.
+    """
+    recipe = replace(recipe or Recipe(), seed=seed)
+    work = Pruning(
+        model,
+        example_inputs,
+        budget=budget,
+        budget_ms=budget_ms,
+        target=target,
+        guide=guide,
+        out=out,
+        table=table,
+        force=force,
+        resume=resume,
+        name=name,
+        attention=attention,
+        settings={
+            "method": method,
+            "options": dict(options or {}),
+            "search_epochs": search_epochs,
+            "dense_epochs": dense_epochs,
+            **asdict(replace(recipe, epochs=epochs)),
+            **(provenance or {}),
+        },
+        progress=progress,
+        say=say,
+    )
+    train = _Trainer(work, train_loader, test_loader, calibration_loader or train_loader, recipe, loss_fn)
+    train.dense(dense_epochs)
+    train.search(method, search_epochs, options or {}, seed)
+    module = work.cut()
+    train.fine_tune(module, epochs)
+    result = work.finish(module, accuracy=train.accuracy(module))
+    return Pruned(module, result, work.folder)
+
+
+class Pruning:
+    """The steps of :func:`prune`, for a training loop of your own.
+
+    Making one traces the model, profiles it on the target, and refuses a budget that no width meets. Then::
+
+        work = Pruning(model, example_inputs, budget_ms=2.0)
+        with work.search("dsa", steps=1000) as hooks:      # work.model has masks; train it, calling hooks every step
+            ...
+        module = work.cut()                                # measured to be within the budget; train it as you like
+        result = work.finish(module)                       # measured again, saved where ``out`` says
+
+    ``model`` is a copy; ``dense`` is what was given, a teacher for the last step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | Sequence[Tensor],
+        *,
+        budget: str | Budget | None = None,
+        budget_ms: float | None = None,
+        target: Target | None = None,
+        guide: str = "ms",
+        out: str | Path | None = None,
+        table: str | Path | None = None,
+        force: bool = False,
+        resume: bool = False,
+        name: str | None = None,
+        attention: str = "heads",
+        settings: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        say: Say | None = None,
+    ) -> None:
+        if guide not in ("ms", "flops"):
+            raise InvalidInput(f"guide {guide!r} is not known; the search is guided by 'ms' or 'flops'")
+        self.budget = _parse_budget(budget, budget_ms)
+        self.target = target or Target()
+        self.name = name or type(model).__name__
+        self.attention = attention
+        self.progress = progress
+        self.say = say or (_to_stderr if progress else _to_nowhere)
+        self.folder = Path(out) if out is not None else None
+        described = {"model": self.name, "budget": str(self.budget), "guide": guide, "target": self.target.describe()}
+        self.run = _Run(self.folder, {**described, **(settings or {})}, resume=resume)
+
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        self.model = copy.deepcopy(model)
+        with self.run.phase("trace"):
+            self.program = trace(self.model, inputs, attention=attention, name=self.name)
+        with self.run.phase("profile"):
+            self.latency = self._profile(table, force)
+        self.flops = flops_model(self.program)
+        self.cost = self.flops if "flops" in (self.budget.unit, guide) else self.latency
+        with self.run.phase("frontier"):
+            self.goal = self._goal()
+        self.dense: nn.Module | None = None
+        self.method: type[Method] = Method
+        self.found: SearchResult | None = None
+
+    @contextmanager
+    def search(
+        self, method: str | Method = "dsa", *, steps: int, options: Mapping[str, Any] | None = None, seed: int = 0
+    ) -> Iterator[Search]:
+        """Masks on ``work.model``: the step hooks to call around every one of ``steps`` optimiser steps.
+
+        Leaving the block takes the masks off and keeps what the method found for :meth:`cut`.
+        """
+        controller = BudgetController(self._cost_limit(), float(self.cost.dense), ramp_steps=steps // 2)
+        self.dense = copy.deepcopy(self.model)
+        self.method = method_class(method) if isinstance(method, str) else type(method)
+        with Search(method, self.model, self.program.groups, self.cost, controller, steps, options, seed) as search:
+            yield search
+        self._keep_found(search, controller)
+
+    def cut(self, *, rounds: int = 6) -> nn.Module:
+        """Allocate integer widths, cut, measure, and correct until the measured latency fits the budget.
+
+        Over budget, the allowance is tightened; below 93 % of it, grown. When no round fits, the nearest is kept, and
+        :meth:`finish` says so. Raises InvalidInput before a search.
+        """
+        if self.found is None:
+            raise InvalidInput("there is nothing to cut yet: run `search` first")
+        stored = self.run.tensors("cut")
+        if stored is not None:
+            self.plan = _plan_from(self.run.done["cut"])
+            self.keep = stored["keep"].numpy().astype(bool)
+        else:
+            with self.run.phase("cut"):
+                self.plan = self._fit_budget(rounds)
+                self.keep = keep_top(self.program.groups, self.plan.widths, self.found.ranking.numpy())
+                self.run.finish("cut", {"keep": torch.from_numpy(self.keep)}, **_plan_to(self.plan))
+        self.pruned = cut(self.model, self.program, self.keep)
+        if self.pruned.kind == "program":
+            self.say(f"the model's own forward cannot follow the cut ({self.pruned.reason}); the graph is used instead")
+        return self.pruned.module
+
+    def finish(self, module: nn.Module, accuracy: float | None = None) -> dict[str, Any]:
+        """Measure the finished module beside the dense one; save artifact, report and ``result.json``.
+
+        Returns the contents of ``result.json``. Raises BudgetMissed when the module measured above the budget, after
+        everything was saved.
+        """
+        with self.run.phase("measure"):
+            dense, pruned = self._race([self.program.module, module])
+        limit = self.goal.limit_ms(dense.median_ms)
+        if limit is not None and pruned.median_ms > limit and self.plan.met:
+            with self.run.phase("measure"):  # it fitted a moment ago: look longer before saying that it does not
+                dense, pruned = self._race([self.program.module, module], rounds=32)
+            limit = self.goal.limit_ms(dense.median_ms)
+        widths = self.plan.widths
+        result: dict[str, Any] = {
+            "model": self.name,
+            **{key: self.run.settings[key] for key in ("method", "seed", "epochs") if key in self.run.settings},
+            "budget": str(self.budget),
+            "guide": self.cost.unit,
+            "met": limit is None or pruned.median_ms <= limit,
+            "dense_ms": dense.median_ms,
+            "budget_ms": limit,
+            "floor_ms": self.goal.floor_ms * dense.median_ms / self.goal.dense_ms,
+            "predicted_ms": float(self.latency.predict(widths)),
+            "predicted_dense_ms": float(self.latency.predict(self.latency.full)),
+            "measured_ms": pruned.median_ms,
+            "dense_p20_ms": dense.p20_ms,
+            "dense_p80_ms": dense.p80_ms,
+            "measured_p20_ms": pruned.p20_ms,
+            "measured_p80_ms": pruned.p80_ms,
+            "measurements": pruned.count,
+            "dense_accuracy": self.run.done.get("dense", {}).get("accuracy"),
+            "accuracy": accuracy,
+            "dense_parameters": _parameters(self.model),
+            "parameters": _parameters(module),
+            "dense_flops": float(self.flops.dense),
+            "flops": float(self.flops.price(widths)),
+            "widths": dict(zip(self.program.groups.names, widths.tolist(), strict=True)),
+            "rounds": [dict(row) for row in self.plan.rounds],
+            "wall_s": self.run.wall(),
+            "target": {"description": self.target.describe(), **fingerprint(self.target)},
+            "settings": self.run.settings,
+            "versions": artifact.versions(),
+        }
+        if self.folder is not None:
+            self._save(module, result)
+        if not result["met"]:
+            raise BudgetMissed(
+                f"the finished network runs in {pruned.median_ms:.4g} ms, above the budget of {limit:.4g} ms"
+                + (f"; it is kept in {self.folder}" if self.folder else ""),
+                result,
+            )
+        return result
+
+    def _save(self, module: nn.Module, result: Mapping[str, Any]) -> None:
+        assert self.folder is not None
+        artifact.save(
+            self.folder,
+            module,
+            program=self.program,
+            keep=self.keep,
+            kind=self.pruned.kind,
+            model=self.name,
+            attention=self.attention,
+            target=result["target"],
+            provenance={"settings": self.run.settings},
+            result=result,
+        )
+        shares, staircases = report.explain(self.latency, self.program.groups, self.plan.widths)
+        page = report.Report(
+            result,
+            shares,
+            staircases,
+            search=self.run.done.get("search", {}).get("log", []),
+            training=self.run.history(),
+            rounds=self.plan.rounds,
+            notes=[f"{f.parameter} dim {f.dim} stays whole: {f.operator}, {f.reason}" for f in self.program.groups.frozen],
+        )
+        report.write(self.folder / "report.html", page)
+        artifact.write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        self.run.finish("finish")
+
+    def _profile(self, table: str | Path | None, force: bool) -> CostModel:
+        path = Path(table) if table is not None else self.folder and self.folder / "table.jsonl"
+        opened = LatencyTable.open(path, self.target, force=force)  # without a path, in memory
+        return profile_program(self.program, self.target, opened, progress=self.progress)
+
+    def _goal(self) -> Goal:
+        """Measure dense and floor, print what budgets buy, and refuse what cannot be met."""
+        groups = self.program.groups
+        floor = resize(self.program, keep_first(groups, self.latency.least))
+        dense_sample, floor_sample = self._race([self.program.module, floor])
+        goal = Goal(
+            self.budget,
+            dense_sample.median_ms,
+            floor_sample.median_ms,
+            tuple(self._frontier(floor_sample.median_ms / dense_sample.median_ms)),
+        )
+        self.say(
+            f"{self.name} on {self.target.describe()}: dense {goal.dense_ms:.4g} ms, "
+            f"floor {goal.floor_ms:.4g} ms (every group at its least width)"
+        )
+        for row in goal.frontier:
+            self.say(
+                f"  within {row['budget']:4.0%} ({row['budget'] * goal.dense_ms:.4g} ms): at most "
+                f"{row['channels']:.0%} of the channels, {row['flops']:.0%} of the FLOPs"
+            )
+        limit = goal.limit_ms(goal.dense_ms)
+        if limit is None:
+            self.budget.resolve(float(self.flops.dense))
+            if self.budget.amount * self.flops.dense < self.flops.floor:
+                raise InfeasibleBudget(
+                    f"budget {self.budget} is below the floor: with every group at its least width "
+                    f"{self.flops.floor / self.flops.dense:.1%} of the FLOPs remain; give at least that"
+                )
+            return goal
+        self.budget.resolve(goal.dense_ms)
+        if limit < goal.floor_ms:
+            raise InfeasibleBudget(
+                f"budget {self.budget} ({limit:.4g} ms) is below the floor: with every group at its least width the "
+                f"model still takes {goal.floor_ms:.4g} of its {goal.dense_ms:.4g} ms; give at least "
+                f"{100 * goal.floor_ms / goal.dense_ms:.0f}%"
+            )
+        if goal.floor_ms > LAUNCH_BOUND * goal.dense_ms:
+            raise InfeasibleBudget(
+                f"the model is bound by launches, not by its widths: with every group at its least width it still takes "
+                f"{goal.floor_ms:.4g} of its {goal.dense_ms:.4g} ms; prune it for a larger batch or input, or for a "
+                "runtime with less overhead"
+            )
+        return goal
+
+    def _frontier(self, floor: float) -> Iterator[dict[str, float]]:
+        """The most channels that fit into each budget, by the prediction alone."""
+        groups = self.program.groups
+        values = values_from_ranking(groups, torch.ones(groups.total), self.latency)
+        for budget in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+            if budget <= floor or budget * self.latency.dense < self.latency.floor:
+                return
+            widths = allocate(self.latency, values, budget * float(self.latency.dense), method="greedy").widths
+            yield {
+                "budget": budget,
+                "channels": float(widths.sum() / groups.widths.sum()),
+                "flops": float(self.flops.price(widths) / self.flops.dense),
+            }
+
+    def _cost_limit(self) -> float:
+        """The budget in the unit of the cost that guides the search."""
+        limit = self.goal.limit_ms(self.goal.dense_ms)
+        fraction = self.budget.amount if limit is None else limit / self.goal.dense_ms
+        return max(fraction * float(self.cost.dense), float(self.cost.floor))
+
+    def _fit_budget(self, rounds: int) -> Plan:
+        """Allocate, cut and measure until the measured median lies in (93 %, 98.5 %] of the budget."""
+        assert self.found is not None
+        groups, cost = self.program.groups, self.cost
+        learned, ranking = self.found.widths, self.found.ranking
+        allowance = self._cost_limit()
+        fits, breaks = 0.0, math.inf  # largest allowance that fitted, smallest that did not
+        tried: list[tuple[float, Plan]] = []  # (measured / limit, plan)
+        seen: set[bytes] = set()
+        for _ in range(rounds):
+            widths = self.method.allocate(groups, cost, learned, ranking, allowance).widths
+            if widths.tobytes() in seen:
+                break  # no level lies between the allowances that are left
+            seen.add(widths.tobytes())
+            smaller = resize(self.program, keep_top(groups, widths, ranking.numpy()))
+            dense, pruned = self._race([self.program.module, smaller])
+            limit = self.goal.limit_ms(dense.median_ms)
+            used = pruned.median_ms / limit if limit is not None else 1.0
+            predicted = float(self.latency.predict(widths))
+            row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "dense_ms": dense.median_ms}
+            if limit is not None:
+                row["budget_ms"] = limit
+                self.say(f"allocated: predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms, {used:.1%} of budget")
+            history = (*(tried[-1][1].rounds if tried else ()), row)
+            tried.append((used, Plan(widths, predicted, pruned.median_ms, dense.median_ms, limit, history)))
+            if limit is None or LEAST_USE < used <= MOST_USE:
+                break
+            if used > MOST_USE:
+                breaks = min(breaks, allowance)
+            elif np.array_equal(widths, groups.widths):
+                break  # nothing is left to grow
+            else:
+                fits = max(fits, allowance)
+            proposal = allowance * AIM / used
+            if not fits < proposal < breaks:
+                proposal = (fits + breaks) / 2 if math.isfinite(breaks) else allowance
+            allowance = min(max(proposal, float(cost.floor)), float(cost.dense))
+        feasible = [(used, plan) for used, plan in tried if plan.met]
+        sound = [pair for pair in feasible if pair[0] <= MOST_USE] or feasible
+        best = max(sound, key=lambda pair: pair[0]) if sound else min(tried, key=lambda pair: pair[0])
+        return replace(best[1], rounds=tried[-1][1].rounds)
+
+    def _race(self, modules: Sequence[nn.Module], rounds: int = 8) -> list[Sample]:
+        """Measure modules in turns, so that a drifting machine treats them alike."""
+        deployed = [build(self.target, module) for module in modules]
+        inputs = self.program.example_inputs
+        turns = [  # short, so that the machine is the same for all
+            [measure_callable(run, inputs, self.target, seconds=0.1, min_blocks=3) for run in deployed]
+            for _ in range(rounds)
+        ]
+        return [_pool(samples) for samples in zip(*turns, strict=True)]
+
+    def restore_search(self, method: str) -> bool:
+        """Take the result of a finished search from the run's folder; False where there is none."""
+        stored = self.run.tensors("search")
+        if stored is None:
+            return False
+        self.dense = copy.deepcopy(self.model)
+        self.method = method_class(method)
+        widths, ranking = stored.pop("widths"), stored.pop("ranking")
+        self.found = SearchResult(widths, ranking, self.run.done["search"]["log"])
+        self.model.load_state_dict({key.removeprefix("model."): value for key, value in stored.items()})
+        return True
+
+    def _keep_found(self, search: Search, controller: BudgetController) -> None:
+        """Record what the search found; its log gains cost and target as fractions of dense."""
+        found = search.result()
+        log = [{**row, "target": controller.target(int(row["step"])) / controller.dense} for row in found.log]
+        for row in log:
+            spent = row.get("cost_hard", row.get("cost_soft"))
+            if spent is not None:
+                row["cost"] = spent / controller.dense
+        self.found = replace(found, log=log)
+        state = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        state |= {"widths": found.widths, "ranking": found.ranking}
+        self.run.finish("search", state, log=_thin(log))
+
+
+class _Trainer:
+    """The training phases of :func:`prune`, each skipped where the run has it already."""
+
+    def __init__(
+        self,
+        work: Pruning,
+        train_loader: Iterable[Any],
+        test_loader: Iterable[Any] | None,
+        calibration_loader: Iterable[Any],
+        recipe: Recipe,
+        loss_fn: LossFn | None,
+    ) -> None:
+        self.work, self.run = work, work.run
+        self.train_loader, self.test_loader, self.calibration_loader = train_loader, test_loader, calibration_loader
+        self.recipe, self.loss_fn = recipe, loss_fn
+
+    def dense(self, epochs: int) -> None:
+        """Train the dense model where asked, and take its accuracy."""
+        work = self.work
+        stored = self.run.tensors("dense")
+        if stored is not None:
+            work.model.load_state_dict(stored)
+            return
+        with self.run.phase("dense"):
+            rows = self._fit("dense", work.model, epochs, distill=0.0) if epochs else []
+            self.run.finish("dense", work.model.state_dict(), accuracy=self.accuracy(work.model), history=rows)
+
+    def search(self, method: str, epochs: int, options: Mapping[str, Any], seed: int) -> None:
+        """Train with masks until the method has settled on widths and a ranking."""
+        work = self.work
+        if work.restore_search(method):
+            return
+        steps = max(1, epochs * len(self.train_loader))  # type: ignore[arg-type]
+        with self.run.phase("search"), work.search(method, steps=steps, options=options, seed=seed) as hooks:
+            rows = self._fit("search", work.model, epochs, hooks=hooks, distill=0.0) if epochs else []
+        self.run.add("search", history=rows)
+
+    def fine_tune(self, module: nn.Module, epochs: int) -> None:
+        """Adapt the BatchNorm statistics to the cut, then train with the dense model as teacher."""
+        stored = self.run.tensors("fine-tune")
+        if stored is not None:
+            module.load_state_dict(stored)
+            return
+        with self.run.phase("fine-tune"):
+            recalibrate(module, self.calibration_loader, batches=50)
+            rows = self._fit("fine-tune", module, epochs, teacher=self.work.dense) if epochs else []
+            self.run.finish("fine-tune", module.state_dict(), history=rows)
+
+    def accuracy(self, module: nn.Module) -> float | None:
+        """Accuracy on the test data, a fraction; None without test data."""
+        return None if self.test_loader is None else evaluate(module, self.test_loader).accuracy
+
+    def _fit(
+        self, phase: str, model: nn.Module, epochs: int, *, distill: float | None = None, **extra: Any
+    ) -> list[Mapping[str, Any]]:
+        """One call of the training loop, checkpointed in the run's folder; its rows carry the phase."""
+        recipe = replace(self.recipe, epochs=epochs)
+        if distill is not None:
+            recipe = replace(recipe, distill=distill)
+        history = fit(
+            model,
+            self.train_loader,
+            recipe,
+            loss_fn=self.loss_fn,
+            checkpoint=self.run.checkpoint(phase),
+            resume=self.run.resumed,
+            progress=self.work.progress,
+            description=phase,
+            **extra,
+        )
+        return [{"phase": phase, **row} for row in history.rows]
+
+
+class _Run:
+    """What a run has done so far, in ``state/`` of its folder: the phases' results, weights and seconds.
+
+    Without a folder everything stays in memory. Files are replaced whole, so a kill at any moment leaves them good.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], *, resume: bool) -> None:
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.done: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, float] = {}
+        self.resumed = resume and folder is not None
+        self._memory: dict[str, Mapping[str, Tensor]] = {}
+        self._state = folder / "state" if folder is not None else None
+        if folder is None:
+            return
+        state = folder / "state"
+        path = state / "run.json"
+        if self.resumed and path.is_file():
+            self._read(path)
+            return
+        try:
+            shutil.rmtree(state, ignore_errors=True)
+            state.mkdir(parents=True)
+            for stale in (artifact.SPEC, "result.json", "report.html"):
+                (folder / stale).unlink(missing_ok=True)
+        except OSError as error:
+            raise InvalidInput(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        self._write()
+
+    def _read(self, path: Path) -> None:
+        try:
+            stored = json.loads(path.read_text())
+            settings, self.done, self.seconds = stored["settings"], stored["done"], stored["seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptArtifact(f"{path} cannot be read ({error}); start again without --resume") from error
+        differs = [key for key in {**settings, **self.settings} if settings.get(key) != self.settings.get(key)]
+        if differs:
+            was = ", ".join(f"{key} {settings.get(key)!r}" for key in differs)
+            now = ", ".join(f"{key} {self.settings.get(key)!r}" for key in differs)
+            raise InvalidInput(
+                f"{path.parent.parent} holds a run with {was}, not {now}; resume with the same, or start again without "
+                "--resume"
+            )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a phase, over all its interruptions, and tell an interruption where it struck."""
+        start = time.perf_counter()
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(name)
+            raise
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._write()
+
+    def finish(self, name: str, tensors: Mapping[str, Tensor] | None = None, **values: Any) -> None:
+        """Record the result of a phase: tensors first, so that what is recorded as done can be read."""
+        if tensors is not None:
+            if self._state is None:
+                self._memory[name] = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+            else:
+                from safetensors.torch import save as to_safetensors
+
+                plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+                artifact.write_file(self._state / f"{name}.safetensors", to_safetensors(plain))
+        self.done[name] = values
+        self._write()
+
+    def add(self, name: str, **values: Any) -> None:
+        """Add to the record of a finished phase."""
+        self.done[name].update(values)
+        self._write()
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What a finished phase left, or None where it is not finished."""
+        if name not in self.done:
+            return None
+        if self._state is None:
+            return dict(self._memory[name])
+        from safetensors.torch import load_file
+
+        path = self._state / f"{name}.safetensors"
+        try:
+            return dict(load_file(path))
+        except Exception as error:  # safetensors' own errors share no base class
+            raise CorruptArtifact(f"{path} cannot be read ({error}); start again without --resume") from error
+
+    def checkpoint(self, name: str) -> Path | None:
+        """Where the training loop keeps a phase that is not finished."""
+        return None if self._state is None else self._state / f"{name}.checkpoint"
+
+    def history(self) -> list[Mapping[str, Any]]:
+        """Rows of every training phase, in order."""
+        return [row for values in self.done.values() for row in values.get("history", [])]
+
+    def wall(self) -> dict[str, float]:
+        """Seconds by phase, and their total."""
+        return {**self.seconds, "total": sum(self.seconds.values())}
+
+    def _write(self) -> None:
+        if self._state is not None:
+            stored = {"settings": self.settings, "done": self.done, "seconds": self.seconds}
+            artifact.write_file(self._state / "run.json", json.dumps(stored).encode())
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    target: Target | None = None,
+    table: str | Path,
+    force: bool = False,
+    seconds: float | None = None,
+    progress: bool = True,
+) -> CostModel:
+    """Measure what a model's widths cost on a target, into a table that an interrupted call continues.
+
+    Returns the cost model in ms of one forward at the batch of ``example_inputs``. Raises UnsupportedModel,
+    DeviceMismatch or CorruptTable.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    program = trace(copy.deepcopy(model), inputs)
+    target = target or Target()
+    return profile_program(
+        program, target, LatencyTable.open(Path(table), target, force=force), seconds=seconds, progress=progress
+    )
+
+
+def repeatability(target: Target | None = None) -> float:
+    """Relative difference between two measurements of one small network on this machine, a second apart."""
+    target = target or Target()
+    x = torch.randn(1, 16, 32, 32)
+    deployed = build(target, trace(nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(8))), (x,)).module)
+    first, second = (measure_callable(deployed, (x,), target, seconds=1.0).median_ms for _ in range(2))
+    return abs(first - second) / min(first, second)
+
+
+def measure(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, target: Target | None = None, rounds: int = 5
+) -> Sample:
+    """Measure one forward of a model in a target's runtime: median and quantiles in ms."""
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    target = target or Target()
+    deployed = build(target, model)
+    return _pool([measure_callable(deployed, inputs, target) for _ in range(rounds)])
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether a model can be pruned here: its program, and how far the smaller networks were from the masked ones."""
+
+    program: Program
+    kind: str  # of the cut: "module" or "program"
+    reason: str  # why the model's own forward cannot follow, or ""
+    masked_error: float  # resized program against masked model, relative to the largest output
+    cut_error: float  # cut module against resized program
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether masked model, resized program and cut module agreed for every random keep."""
+        return max(self.masked_error, self.cut_error) <= self.tolerance
+
+
+def check(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    attention: str = "heads",
+    draws: int = 3,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+) -> Check:
+    """Test "masked model = resized program = cut module" on random keeps of a model.
+
+    Groups that a layer norm normalises over are kept whole in the comparison with the mask, which such a norm makes
+    impossible, and pruned in the comparison of the program with the module. Raises UnsupportedModel.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    model = _jittered(copy.deepcopy(model).eval(), seed)
+    program = trace(model, inputs, attention=attention)
+    groups = program.groups
+    generator = np.random.default_rng(seed)
+    exempt = np.array([group.normalised is not None for group in groups], dtype=bool)
+    masked_error = cut_error = 0.0
+    smaller = None
+    with torch.no_grad():
+        for _ in range(draws if len(groups) else 0):
+            widths = np.maximum(1, np.round(groups.widths * generator.uniform(0.3, 0.9, len(groups)))).astype(np.int64)
+            ranking = generator.permutation(groups.total).astype(np.float64)
+            keep = keep_top(groups, widths, ranking)
+            smaller = cut(model, program, keep)
+            cut_error = max(cut_error, _distance(smaller.module.eval()(*inputs), resize(program, keep).eval()(*inputs)))
+            keep = keep_top(groups, np.where(exempt, groups.widths, widths), ranking)
+            masked = mask_(copy.deepcopy(model), groups)
+            masked.set(torch.from_numpy(keep).to(torch.float32))
+            masked_error = max(masked_error, _distance(masked.model(*inputs), resize(program, keep).eval()(*inputs)))
+    kind, reason = (smaller.kind, smaller.reason or "") if smaller is not None else ("module", "")
+    return Check(program, kind, reason, masked_error, cut_error, tolerance)
+
+
+def _jittered(model: nn.Module, seed: int) -> nn.Module:
+    """Norms away from their initial ones and zeros, with which a wrong channel could go unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.ndim == 1 and tensor.is_floating_point():
+                    noise = 0.2 * torch.rand(tensor.shape, generator=generator)
+                    tensor.add_(noise.to(tensor) if name != "running_mean" else noise.to(tensor) - 0.1)
+    return model
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Largest difference between two outputs, relative to the largest value of either."""
+    first, second = _tensors(a), _tensors(b)
+    pairs = list(zip(first, second, strict=True))
+    largest = max(max(float(x.abs().max()), float(y.abs().max())) for x, y in pairs)
+    return max(float((x - y).abs().max()) for x, y in pairs) / (largest or 1.0)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output.float()]
+    values = output.values() if isinstance(output, Mapping) else output
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def _parse_budget(budget: str | Budget | None, budget_ms: float | None) -> Budget:
+    if (budget is None) == (budget_ms is None):
+        raise InvalidInput('give either budget_ms (a number of ms) or budget ("2.4ms", "50%", "50%flops")')
+    if budget_ms is not None:
+        return Budget("ms", float(budget_ms))
+    return Budget.parse(budget) if isinstance(budget, str) else budget  # type: ignore[return-value]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _pool(samples: Sequence[Sample]) -> Sample:
+    """One sample from several of the same network: the median of the medians and of the quantiles."""
+    return replace(
+        samples[0],
+        median_ms=float(np.median([s.median_ms for s in samples])),
+        p20_ms=float(np.median([s.p20_ms for s in samples])),
+        p80_ms=float(np.median([s.p80_ms for s in samples])),
+        count=sum(s.count for s in samples),
+        contention=max(s.contention for s in samples),
+    )
+
+
+def _plan_to(plan: Plan) -> dict[str, Any]:
+    return {**asdict(plan), "widths": plan.widths.tolist()}
+
+
+def _plan_from(stored: Mapping[str, Any]) -> Plan:
+    return Plan(**{**stored, "widths": np.asarray(stored["widths"], dtype=np.int64), "rounds": tuple(stored["rounds"])})
+
+
+def _thin(rows: Sequence[Mapping[str, Any]], most: int = 400) -> list[Mapping[str, Any]]:
+    """At most so many rows of a long log, evenly spaced, the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _to_nowhere(line: str) -> None:
+    del line
