@@ -35,7 +35,8 @@ $(VENV)/test.installed: $(VENV)/demo.installed
 	touch $@
 
 demo: $(VENV)/demo.installed
-	$(BIN)/hwprune prune --model resnet8 --data digits --budget 50% --method dsa --out runs/demo
+	$(BIN)/hwprune prune --model resnet8 --data digits --budget 50% --method dsa \
+		--dense-epochs 12 --search-epochs 10 --epochs 10 --out runs/demo
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -ra
