@@ -1,0 +1,244 @@
+"""Accuracy at equal measured milliseconds on CIFAR-10: hwprune beside what a user would pick instead.
+
+    python benchmarks/bench_cifar10.py --data cifar10:FOLDER --weights WEIGHTS --model resnet20 --batch 32 \
+        --budget 50% --method dsa --note q75
+
+Every row trains on the same images for the same number of epochs in all, with the dense model as teacher, and ends with
+a measurement of the finished network beside the dense one. Rows are kept in `results/cifar10_cpu.json` as they finish;
+one that is there already is not run again, and a run that was killed continues. Methods: `dsa`, `uniform` (hwprune's
+own, guided by ms), `dsa-flops` (guided by FLOPs, cut to the same ms), `torch-pruning` (global group norm, rounded to 8,
+cut to the same ms), `iterative` (prune, measure, fine-tune, repeat: NetAdapt's loop).
+"""
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hwprune.data import Data, load_data
+from hwprune.graph import keep_top, resize, trace
+from hwprune.importance import importance
+from hwprune.latency import Target, fingerprint
+from hwprune.models import load_model
+from hwprune.pipeline import measure, prune
+from hwprune.train import Recipe, evaluate, fit, recalibrate
+
+RESULTS = Path(__file__).parent / "results" / "cifar10_cpu.json"
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.train_threads)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"context": {}, "rows": []}
+    name = f"{args.model}-b{args.batch}-{args.budget}-{args.method}-s{args.seed}-e{args.search_epochs}+{args.epochs}"
+    if any(row["name"] == name for row in results["rows"]):
+        print(f"{name} is in {RESULTS.name} already")
+        return
+    data = load_data(args.data, batch_size=args.batch_size, subset=args.subset, seed=args.seed)
+    model = load_model(args.model, classes=data.classes, weights=args.weights)
+    example = torch.randn(args.batch, *data.shape, generator=torch.Generator().manual_seed(0))
+    target = Target(threads=1)
+    recipe = Recipe(
+        epochs=args.epochs, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, distill=0.5, seed=args.seed,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    start = time.perf_counter()
+    run = {"torch-pruning": torch_pruning, "iterative": iterative}.get(args.method, ours)
+    row = run(args, model, example, data, target, recipe)
+    row = {
+        "name": name,
+        "data": args.note or args.data.split(":")[0],
+        "images_per_epoch": args.subset or 50000,
+        "total_epochs": args.search_epochs + args.epochs,
+        "batch": args.batch,
+        **row,
+        "method": args.method,
+        "model": args.model,
+        "seed": args.seed,
+        "budget": args.budget,
+        "flow_s": time.perf_counter() - start,
+    }
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else results
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    results["context"] = {**fingerprint(target), "machine": platform.machine(), "commit": commit.stdout.strip()}
+    results["rows"].append(row)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps({key: row.get(key) for key in ("name", "accuracy", "measured_ms", "budget_ms", "flow_s")}))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--note", help="what the data are called in the results")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--batch", type=int, default=32, help="of the latency target")
+    parser.add_argument("--budget", default="50%")
+    parser.add_argument("--method", default="dsa")
+    parser.add_argument("--search-epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--subset", type=int, default=10000, help="images per epoch, the same for all methods")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-threads", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"))
+    return parser.parse_args()
+
+
+def ours(
+    args: argparse.Namespace, model: nn.Module, example: torch.Tensor, data: Data, target: Target, recipe: Recipe
+) -> dict[str, Any]:
+    """hwprune itself; what does not search spends the search's epochs on fine-tuning."""
+    method, _, guide = args.method.partition("-")
+    searches = method != "uniform"
+    pruned = prune(
+        model, example, train_loader=data.train, test_loader=data.test, budget=args.budget, target=target,
+        method=method, guide=guide or "ms", recipe=recipe,
+        search_epochs=args.search_epochs if searches else 0,
+        epochs=args.epochs + (0 if searches else args.search_epochs),
+        out=args.runs / f"{args.model}-b{args.batch}-{args.budget.rstrip('%')}-{args.method}-s{args.seed}",
+        table=args.runs / f"{args.model}-b{args.batch}.jsonl", resume=True, seed=args.seed, name=args.model,
+    )  # fmt: skip
+    return {key: value for key, value in pruned.result.items() if key not in ("settings", "versions")}
+
+
+def torch_pruning(
+    args: argparse.Namespace, model: nn.Module, example: torch.Tensor, data: Data, target: Target, recipe: Recipe
+) -> dict[str, Any]:
+    """Torch-Pruning's global group norm, its ratio found by bisection so that the measured latency fits the budget."""
+    import torch_pruning as tp
+
+    dense_ms = measure(model, example, target=target).median_ms
+    limit = dense_ms * float(args.budget.rstrip("%")) / 100
+
+    def pruned_at(ratio: float) -> nn.Module:
+        copied = copy.deepcopy(model)
+        pruner = tp.pruner.BasePruner(
+            copied, example[:1], importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
+            pruning_ratio=ratio, max_pruning_ratio=0.9, round_to=8, ignored_layers=[copied.linear],
+        )  # fmt: skip
+        pruner.step()
+        return copied
+
+    low, high, best = 0.0, 0.95, None
+    for _ in range(9):
+        middle = (low + high) / 2
+        module = pruned_at(middle)
+        used = measure(module, example, target=target).median_ms / limit
+        if used <= 0.99:
+            high, best = middle, (used, middle)
+        else:
+            low = middle
+    if best is None:
+        raise SystemExit("torch-pruning: no ratio meets the budget")
+    module = pruned_at(best[1])
+    recalibrate(module, data.train, batches=50)
+    total = replace(recipe, epochs=args.search_epochs + args.epochs)
+    fit(module, data.train, total, teacher=copy.deepcopy(model), description="torch-pruning")
+    return finished(model, module, example, data, target, limit / dense_ms) | {"pruning_ratio": best[1]}
+
+
+def iterative(
+    args: argparse.Namespace, model: nn.Module, example: torch.Tensor, data: Data, target: Target, recipe: Recipe
+) -> dict[str, Any]:
+    """NetAdapt's loop: in every round each group alone is shrunk until the latency falls by one step, a short training
+    decides which group's cut hurts least, and the winner goes on to the next round; then one long fine-tuning.
+
+    The search's epochs are spent in the rounds' short trainings, and more of them where the rounds need more: that is
+    the cost of the method, and `flow_s` counts it.
+    """
+    goal, rounds = float(args.budget.rstrip("%")) / 100, 8
+    dense_ms = measure(model, example, target=target).median_ms
+    teacher, current, spent_steps = copy.deepcopy(model), copy.deepcopy(model), 0
+    for turn in range(rounds):
+        limit = dense_ms * (1 - (1 - goal) * (turn + 1) / rounds) * 0.985
+        program = trace(current, example)
+        ranking = importance(current, program.groups, "l2").numpy()
+        candidates = []
+        for g, width in enumerate(program.groups.widths):
+            smaller = narrowed(program, ranking, g, int(width), limit, example, target)
+            if smaller is None:
+                continue
+            recalibrate(smaller, data.train, batches=5)
+            short = replace(recipe, epochs=1, lr=recipe.lr / 5)
+            fit(smaller, Part(data.train, 20), short, teacher=teacher, progress=False)
+            spent_steps += 20
+            candidates.append((evaluate(smaller, Part(data.train, 10)).accuracy, smaller))
+        if not candidates:  # no single group can give a whole step any more: all give a little
+            widths = program.groups.widths
+            for share in np.linspace(0.95, 0.05, 19):
+                fewer = np.maximum(1, (widths * share).astype(np.int64))
+                smaller = resize(program, keep_top(program.groups, fewer, ranking))
+                if measure(smaller, example, target=target, rounds=3).median_ms <= limit:
+                    candidates.append((0.0, smaller))
+                    break
+        current = max(candidates, key=lambda pair: pair[0])[1]
+    total = replace(recipe, epochs=args.search_epochs + args.epochs)
+    fit(current, data.train, total, teacher=teacher, description="iterative")
+    return finished(model, current, example, data, target, goal) | {"rounds": rounds, "short_steps": spent_steps}
+
+
+def narrowed(
+    program: Any, ranking: Any, group: int, width: int, limit: float, example: torch.Tensor, target: Target
+) -> nn.Module | None:
+    """The widest network within `limit` ms that shrinks one group alone, found by bisection; None where none is."""
+    low, high, best = 1, width - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        widths = program.groups.widths.copy()
+        widths[group] = middle
+        smaller = resize(program, keep_top(program.groups, widths, ranking))
+        if measure(smaller, example, target=target, rounds=1).median_ms <= limit:
+            low, best = middle + 1, smaller
+        else:
+            high = middle - 1
+    return best
+
+
+class Part:
+    """The first batches of a loader."""
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader, self.batches = loader, batches
+
+    def __len__(self) -> int:
+        return min(self.batches, len(self.loader))
+
+    def __iter__(self) -> Any:
+        for index, batch in enumerate(self.loader):
+            if index == self.batches:
+                return
+            yield batch
+
+
+def finished(
+    dense: nn.Module, module: nn.Module, example: torch.Tensor, data: Data, target: Target, fraction: float
+) -> dict[str, Any]:
+    """The last measurement, dense and pruned in turns, and both accuracies."""
+    turns = [[measure(m, example, target=target, rounds=1).median_ms for m in (dense, module)] for _ in range(9)]
+    dense_ms, measured_ms = (float(np.median(column)) for column in zip(*turns, strict=True))
+    return {
+        "dense_ms": dense_ms,
+        "budget_ms": dense_ms * fraction,
+        "measured_ms": measured_ms,
+        "met": measured_ms <= dense_ms * fraction,
+        "dense_accuracy": evaluate(dense, data.test).accuracy,
+        "accuracy": evaluate(module, data.test).accuracy,
+        "dense_parameters": sum(p.numel() for p in dense.parameters()),
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }
+
+
+if __name__ == "__main__":
+    main()
