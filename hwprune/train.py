@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hwprune.errors import CorruptArtifact, InvalidInput, TrainingDiverged
+from hwprune.latency.turns import together
 
 Loader = Iterable[tuple[Any, Any]]  # batches of (inputs, targets); inputs: a tensor, or a tuple of them
 LossFn = Callable[[Any, Any], Tensor]  # (model output, targets) -> scalar
@@ -185,7 +186,8 @@ def fit(
         task = bar.add_task(description, total=run.steps, completed=run.step, status="")
         while run.epoch < recipe.epochs:
             for inputs, targets in run.batches():
-                run.train_step(inputs, targets)
+                with together():
+                    run.train_step(inputs, targets)
                 last = run.batch == run.steps_per_epoch
                 if last or (log_every and run.step % log_every == 0):
                     run.log()
@@ -458,9 +460,10 @@ def evaluate(model: nn.Module, loader: Loader, loss_fn: LossFn | None = None) ->
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     with _modes(model, False), torch.no_grad():
         for inputs, targets in _to_device(loader, device):
-            targets = _move(targets, device, torch.preserve_format)
-            output = _apply(model, _move(inputs, device, torch.preserve_format))
-            totals += _totals(loss_fn(output, targets), output, targets, device)
+            with together():
+                targets = _move(targets, device, torch.preserve_format)
+                output = _apply(model, _move(inputs, device, torch.preserve_format))
+                totals += _totals(loss_fn(output, targets), output, targets, device)
     loss, correct, count = totals.tolist()
     if not count:
         raise InvalidInput("the loader to evaluate on is empty")
@@ -492,7 +495,8 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 16) -> None:
             norm.train()
         try:
             for inputs, _ in itertools.chain([first], iterator):
-                _apply(model, _move(inputs, device, torch.preserve_format))
+                with together():
+                    _apply(model, _move(inputs, device, torch.preserve_format))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
