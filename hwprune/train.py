@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -186,7 +186,8 @@ def fit(
         task = bar.add_task(description, total=run.steps, completed=run.step, status="")
         while run.epoch < recipe.epochs:
             for inputs, targets in run.batches():
-                with together():
+                # Processes that wait for each other inside a step would deadlock with one that waits to measure.
+                with together() if run.processes == 1 else nullcontext():
                     run.train_step(inputs, targets)
                 last = run.batch == run.steps_per_epoch
                 if last or (log_every and run.step % log_every == 0):
