@@ -14,10 +14,11 @@ bisection chooses, then trades widths in pairs; its bound comes from the duals o
 rigorous in the floating-point sense of Neumaier and Shcherbina (2004).
 """
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from hwprune.errors import InfeasibleBudget, InvalidInput, UnknownWorkload
-from hwprune.graph.groups import Groups
+from hwprune.graph import Groups
+from hwprune.latency import CostAxis, CostModel
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -35,47 +37,6 @@ Method = Literal["auto", "milp", "greedy"]
 _AUTO_FLOWS = 60_000  # above this many pairs of states the exact solver rarely ends in time
 _VALUE_RANGE = 1e3  # values are scaled to this range, so that HiGHS's absolute gap of 1e-6 is a billionth of it
 _TOLERANCE = 1e-9  # relative, of sums in another order than price()
-
-
-class Axis(Protocol):
-    """offset + Σ weights · widths[groups] elements, priced at the next of `knots` (ascending) up."""
-
-    @property
-    def groups(self) -> Any: ...  # [k] int64
-    @property
-    def weights(self) -> Any: ...  # [k] int64
-    @property
-    def offset(self) -> int: ...
-    @property
-    def knots(self) -> Any: ...  # [K] int64
-
-
-class Term(Protocol):
-    """A cost over the knots of zero to two axes."""
-
-    @property
-    def axes(self) -> Any: ...  # indices into the model's axes
-    @property
-    def table(self) -> Any: ...  # float64, one dim per axis
-
-
-class Cost(Protocol):
-    """What allocation needs of a cost model: price = scale · Σ terms + offset."""
-
-    @property
-    def unit(self) -> str: ...
-    @property
-    def groups(self) -> int: ...
-    @property
-    def axes(self) -> Any: ...
-    @property
-    def terms(self) -> Any: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def offset(self) -> float: ...
-    def price(self, widths: Any) -> Any: ...
-    def levels(self, g: int) -> Any: ...  # ascending, the last is the full width
 
 
 @dataclass(frozen=True)
@@ -100,7 +61,7 @@ class Allocation:
 
 
 def allocate(
-    cost: Cost,
+    cost: CostModel,
     value: Sequence[ArrayLike],
     budget: float,
     *,
@@ -147,7 +108,7 @@ def allocate(
 
 
 def values_from_ranking(
-    groups: Groups, ranking: ArrayLike | torch.Tensor, cost: Cost, *, scale: Literal["log", "mass"] = "log"
+    groups: Groups, ranking: ArrayLike | torch.Tensor, cost: CostModel, *, scale: Literal["log", "mass"] = "log"
 ) -> list[Floats]:
     """The worth of each level of each group when the channels of highest `ranking` [ΣC] are kept.
 
@@ -177,24 +138,28 @@ def values_from_ranking(
     return values
 
 
-def values_from_widths(widths: ArrayLike | torch.Tensor, cost: Cost, *, beyond: float = 0.1) -> list[Floats]:
+def values_from_widths(widths: ArrayLike | torch.Tensor, cost: CostModel, *, beyond: float = 0.1) -> list[Floats]:
     """The worth of each level when a search has already learned real-valued `widths` [G].
 
     log(n / w) below the learned width w, and `beyond` times that above it: concave, so that rounding takes a little
     from many groups, and what the plateaus leave over goes where it is the largest part of a group. A reconstruction.
     """
     learned = widths.detach().cpu().numpy() if isinstance(widths, torch.Tensor) else np.asarray(widths)
-    if learned.shape != (cost.groups,) or not (np.isfinite(learned).all() and (learned > 0).all()):
-        raise InvalidInput(f"widths must be {cost.groups} finite numbers above 0, one per group.")
+    if learned.shape != cost.full.shape or not (np.isfinite(learned).all() and (learned > 0).all()):
+        raise InvalidInput(f"widths must be {len(cost.full)} finite numbers above 0, one per group.")
     ratios = [np.log(np.asarray(cost.levels(g)) / float(w)) for g, w in enumerate(learned)]
     return [np.where(ratio < 0, ratio, beyond * ratio) for ratio in ratios]
 
 
 def _candidates(
-    cost: Cost, value: Sequence[ArrayLike], minimum: ArrayLike | None, multiple: ArrayLike, pinned: Mapping[int, int]
+    cost: CostModel,
+    value: Sequence[ArrayLike],
+    minimum: ArrayLike | None,
+    multiple: ArrayLike,
+    pinned: Mapping[int, int],
 ) -> tuple[list[Ints], list[Floats]]:
     """The widths each group may take, ascending, and their values."""
-    count = cost.groups
+    count = len(cost.full)
     levels = [np.asarray(cost.levels(g), dtype=np.int64) for g in range(count)]
     if len(value) != count or any(np.shape(v) != own.shape for v, own in zip(value, levels, strict=False)):
         raise InvalidInput(f"value needs {count} arrays, one per group, each with one number per level of its group.")
@@ -233,6 +198,25 @@ def _per_group(given: ArrayLike, count: int, name: str) -> Ints:
     return np.broadcast_to(array, count).astype(np.int64)
 
 
+def _interpolation(knots: Ints, x: Ints) -> Floats:
+    """The share of each knot in the linear interpolation at each x. [len(x), K]"""
+    return np.stack([np.interp(x, knots, unit) for unit in np.eye(len(knots))], axis=1)
+
+
+def _bilinear(knots: list[Ints], table: ArrayLike) -> Floats | None:
+    """The factors [2, ...] of 1, x, y and xy where `table` is bilinear in the knots of its axes, otherwise None."""
+    factors = np.asarray(table, dtype=np.float64)
+    fitted = factors
+    for dim, line in enumerate(knots):
+        first, last = np.take(factors, 0, dim), np.take(factors, -1, dim)
+        slope = (last - first) / max(int(line[-1] - line[0]), 1)
+        factors = np.stack([first - slope * line[0], slope], axis=dim)
+    again = factors
+    for dim, line in enumerate(knots):
+        again = np.moveaxis(np.tensordot(np.stack([np.ones(len(line)), line], axis=1), again, (1, dim)), 0, dim)
+    return factors if np.allclose(again, fitted, rtol=0, atol=1e-9 * float(np.abs(fitted).max(initial=0))) else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Form:
     """A node for a sum over several groups; its states are the intervals lower..upper of that sum."""
@@ -250,79 +234,116 @@ class _Problem:
     candidate per group; the states of forms follow from it.
     """
 
-    def __init__(self, cost: Cost, candidates: list[Ints], values: list[Floats]) -> None:
+    def __init__(self, cost: CostModel, candidates: list[Ints], values: list[Floats]) -> None:
         self.candidates = candidates
         self.values = values
         self.constant = float(cost.offset)
         self.forms: list[_Form] = []
-        places = self._place(cost.axes)
-        self.unary = [np.zeros(len(own)) for own in (*candidates, *(form.upper for form in self.forms))]
+        self.unary = [np.zeros(len(own)) for own in candidates]
         self.pairs: dict[tuple[int, int], Floats] = {}
-        for term in cost.terms:
-            self._add(cost.scale * np.asarray(term.table, dtype=np.float64), [places[axis] for axis in term.axes])
+        formulas = [
+            _bilinear([cost.axes[a].knots for a in t.axes], t.table) if cost.exact else None for t in cost.terms
+        ]
+        tabulated = {
+            a for term, formula in zip(cost.terms, formulas, strict=True) if formula is None for a in term.axes
+        }
+        places = self._place({a: cost.axes[a] for a in sorted(tabulated)}, cost.exact)
+        for term, formula in zip(cost.terms, formulas, strict=True):
+            if formula is None:
+                self._add_table(cost.scale * np.asarray(term.table), [places[a] for a in term.axes])
+            else:
+                self._add_formula(cost.scale * formula, [cost.axes[a] for a in term.axes])
         self._drop_dominated()
         self._index()
 
-    def _place(self, axes: Sequence[Axis]) -> list[tuple[int | None, Ints]]:
-        """For each axis its node (None: constant), and its knot at each state of the node."""
+    def _place(self, axes: dict[int, CostAxis], exact: bool) -> dict[int, tuple[int | None, Floats]]:
+        """For each axis its node (None: constant), and the share of each knot in each state of the node. [states, K]"""
         least = np.array([own[0] for own in self.candidates], dtype=np.int64)
         fixed = np.array([len(own) == 1 for own in self.candidates])
-        linear: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        sums: dict[int, tuple[tuple[int, ...], tuple[int, ...], int]] = {}
         cuts: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Ints]] = {}
-        for axis in axes:
+        for a, axis in axes.items():
             weight = np.zeros(len(least), dtype=np.int64)
-            np.add.at(weight, np.asarray(axis.groups), np.asarray(axis.weights))
+            np.add.at(weight, axis.groups, axis.weights)
             free = np.flatnonzero((weight != 0) & ~fixed).tolist()
             shift = int(axis.offset + weight[fixed] @ least[fixed])
-            linear.append((tuple(free), tuple(weight[free].tolist()), shift))
+            sums[a] = (tuple(free), tuple(weight[free].tolist()), shift)
             if len(free) > 1:
-                cuts.setdefault(linear[-1][:2], []).append(np.asarray(axis.knots) - shift)
+                # What is interpolated changes with every element, what is stepped only at knots.
+                line = np.arange(axis.knots[0], axis.knots[-1] + 1) if exact else axis.knots
+                cuts.setdefault(sums[a][:2], []).append(line - shift)
         node_of = {}
-        for (members, weights), knots in cuts.items():
+        for (members, weights), lines in cuts.items():
             low = sum(w * int(self.candidates[g][0]) for g, w in zip(members, weights, strict=True))
             high = sum(w * int(self.candidates[g][-1]) for g, w in zip(members, weights, strict=True))
-            inner = np.unique(np.concatenate(knots))
+            inner = np.unique(np.concatenate(lines))
             upper = np.append(inner[(inner >= low) & (inner < high)], high)
-            node_of[members, weights] = len(self.candidates) + len(self.forms)
-            lower = np.append(low, upper[:-1] + 1)
-            self.forms.append(_Form(np.array(members), np.array(weights), lower, upper))
-        places: list[tuple[int | None, Ints]] = []
-        for axis, (members, weights, shift) in zip(axes, linear, strict=True):
-            node: int | None
-            if not members:
-                node, elements = None, np.zeros(1, dtype=np.int64)
-            elif len(members) == 1:
-                node, elements = members[0], weights[0] * self.candidates[members[0]]
-            else:
+            node_of[members, weights] = len(self.unary)
+            self.forms.append(_Form(np.array(members), np.array(weights), np.append(low, upper[:-1] + 1), upper))
+            self.unary.append(np.zeros(len(upper)))
+        places: dict[int, tuple[int | None, Floats]] = {}
+        for a, (members, weights, shift) in sums.items():
+            node: int | None = None
+            elements = np.array([shift])
+            if len(members) == 1:
+                node, elements = members[0], shift + weights[0] * self.candidates[members[0]]
+            elif members:
                 node = node_of[members, weights]
-                elements = self.forms[node - len(self.candidates)].upper
-            knot = np.searchsorted(np.asarray(axis.knots), elements + shift)
-            if knot[-1] == len(axis.knots):
+                elements = shift + self.forms[node - len(self.candidates)].upper
+            knots = axes[a].knots
+            if elements[0] < knots[0] or elements[-1] > knots[-1]:
                 raise UnknownWorkload(
-                    f"an axis is measured up to {axis.knots[-1]} elements and can have {elements[-1] + shift}; "
-                    f"profile the network at its full width."
+                    f"sizes {elements[0]} to {elements[-1]} are allowed and {knots[0]} to {knots[-1]} have a price; "
+                    f"raise the minimum widths, or profile those sizes."
                 )
-            places.append((node, knot))
+            places[a] = (
+                node,
+                _interpolation(knots, elements) if exact else np.eye(len(knots))[knots.searchsorted(elements)],
+            )
         return places
 
-    def _add(self, table: Floats, places: list[tuple[int | None, Ints]]) -> None:
-        if not places:
-            self.constant += float(table)
+    def _add_table(self, table: Floats, places: list[tuple[int | None, Floats]]) -> None:
+        if len(places) == 2 and places[0][0] == places[1][0]:
+            diagonal = np.einsum("sk,kl,sl->s", places[0][1], table, places[1][1])
+            self._add([places[0][0]], diagonal)
             return
-        if len(places) == 2 and places[0][0] == places[1][0]:  # the diagonal
-            places, table = [(places[0][0], np.arange(len(places[0][1])))], table[places[0][1], places[1][1]]
-        else:
-            table = table[np.ix_(*(knot for _, knot in places))]
-            places = [(node, np.arange(len(knot))) for node, knot in places]
-        nodes = [node for node, _ in places if node is not None]
-        table = table.reshape([len(knot) for node, knot in places if node is not None])
-        if not nodes:
+        for dim, (_, share) in enumerate(places):
+            table = np.moveaxis(np.tensordot(share, table, (1, dim)), 0, dim)
+        self._add([node for node, _ in places], table)
+
+    def _add_formula(self, factors: Floats, axes: list[CostAxis]) -> None:
+        """Adds Σ factors[i, j] · x^i · y^j; multiplied out, it needs no node for the sums that x and y are."""
+        # Each axis as constant + Σ linear in one group; pairs of those are the products.
+        parts: list[list[tuple[int | None, Floats]]] = []
+        for axis in axes:
+            per_group = [
+                (int(g), w * self.candidates[g].astype(np.float64))
+                for g, w in zip(axis.groups, axis.weights, strict=True)
+            ]
+            parts.append([(None, np.array([float(axis.offset)])), *per_group])
+        for powers, factor in np.ndenumerate(factors):
+            chosen = [part if power else [(None, np.ones(1))] for part, power in zip(parts, powers, strict=True)]
+            for product in itertools.product(*chosen):
+                nodes = [node for node, _ in product]
+                if len(nodes) == 2 and nodes[0] == nodes[1]:
+                    self._add(nodes[:1], factor * product[0][1] * product[1][1])
+                else:
+                    table = np.array(factor)
+                    for _, line in product:
+                        table = np.multiply.outer(table, line)
+                    self._add(nodes, table)
+
+    def _add(self, nodes: list[int | None], table: Floats) -> None:
+        """Adds a table [states of each node]; a node of None has one state."""
+        table = table.reshape([size for size, node in zip(table.shape, nodes, strict=True) if node is not None])
+        known = [node for node in nodes if node is not None]
+        if not known:
             self.constant += float(table)
-        elif len(nodes) == 1:
-            self.unary[nodes[0]] = self.unary[nodes[0]] + table
+        elif len(known) == 1:
+            self.unary[known[0]] = self.unary[known[0]] + table
         else:
-            a, b = sorted(nodes)
-            table = table if nodes == [a, b] else table.T
+            a, b = sorted(known)
+            table = table if known == [a, b] else table.T
             self.pairs[a, b] = self.pairs[a, b] + table if (a, b) in self.pairs else table
 
     def _drop_dominated(self) -> None:
@@ -440,7 +461,7 @@ class _Relaxation:
                 continue
             classes, of_a = np.unique(product, axis=0, return_inverse=True)
             classes, of_b = np.unique(classes, axis=1, return_inverse=True)
-            flow = column + np.arange(classes.size).reshape(classes.shape)
+            flow: NDArray[Any] = column + np.arange(classes.size).reshape(classes.shape)
             for node, of, ids in ((a, of_a, flow), (b, of_b, flow.T)):
                 rows += [row + np.repeat(np.arange(len(ids)), ids.shape[1]), row + of.ravel()]
                 columns += [ids.ravel(), self.starts[node] + np.arange(sizes[node])]
@@ -548,7 +569,7 @@ def _integer_program(
 
 
 def _solve_exactly(
-    problem: _Problem, cost: Cost, budget: float, cheapest: Ints, relative_gap: float, deadline: float
+    problem: _Problem, cost: CostModel, budget: float, cheapest: Ints, relative_gap: float, deadline: float
 ) -> tuple[Ints, float]:
     """The best assignment found, and the bound that was proven."""
     program = _Relaxation(problem, budget)
@@ -575,7 +596,7 @@ def _solve_exactly(
             return best, bound
 
 
-def _cheapest(problem: _Problem, cost: Cost, budget: float, deadline: float) -> Ints:
+def _cheapest(problem: _Problem, cost: CostModel, budget: float, deadline: float) -> Ints:
     """An assignment within the budget, or InfeasibleBudget with the lowest price there is."""
     search = _Search(problem, cost, budget, deadline)
     narrowest = np.zeros(len(problem.candidates), dtype=np.int64)
@@ -603,7 +624,7 @@ def _cheapest(problem: _Problem, cost: Cost, budget: float, deadline: float) -> 
 class _Search:
     """Local search: one group at a time under a multiplier, then single moves and trades of two groups."""
 
-    def __init__(self, problem: _Problem, cost: Cost, budget: float, deadline: float) -> None:
+    def __init__(self, problem: _Problem, cost: CostModel, budget: float, deadline: float) -> None:
         self.problem = problem
         self.price = cost
         self.budget = budget
@@ -614,8 +635,8 @@ class _Search:
 
     def run(self, starts: list[Ints]) -> Ints:
         """The best assignment found; the first of `starts` fits the budget."""
-        best = self.polish(starts[0])
-        for states in (*starts[1:], *self.multipliers(starts[0])):
+        best = starts[0]
+        for states in (*self.multipliers(starts[0]), *starts[1:]):
             polished = self.polish(states)
             if self.problem.value(polished) > self.problem.value(best) and self.fits(polished):
                 best = polished
@@ -692,16 +713,23 @@ class _Search:
             # Free growth first, then the most value per cost.
             dearer = np.maximum(rise[single], 1e-12 * abs(self.budget))
             single = single[np.argsort(-gain[single] / dearer, kind="stable")]
-            moves = [[m] for m in single[:8].tolist()] or self._trades(group, gain, rise, slack)
-            for move in moves:
-                trial = states.copy()
-                trial[group[move]] = state[move]
-                if self.fits(trial):
-                    states = trial
-                    break
-            else:
+            taken = self._take([[m] for m in single.tolist()], group, state, states)
+            if not taken and not self._take(self._trades(group, gain, rise, slack), group, state, states):
                 break
         return states
+
+    def _take(self, moves: list[list[int]], group: Ints, state: Ints, states: Ints) -> bool:
+        """Applies those of the first `moves` that fit, each group at most once; whether any did."""
+        moved: set[int] = set()
+        for move in moves[:64]:
+            if moved.isdisjoint(group[move].tolist()):
+                before = states[group[move]]
+                states[group[move]] = state[move]
+                if self.fits(states):
+                    moved.update(group[move].tolist())
+                else:
+                    states[group[move]] = before
+        return bool(moved)
 
     def _single_moves(self, states: Ints) -> tuple[Ints, Ints, Floats, Floats]:
         """All changes of one group: group, new state, gain of value, rise of cost. [Σ candidates] each"""

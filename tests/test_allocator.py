@@ -1,8 +1,6 @@
 """Widths under a budget: the exact solver against brute force, the greedy one against its own bound."""
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,68 +9,39 @@ from hypothesis import strategies as st
 
 from hwprune.allocator import allocate, values_from_ranking, values_from_widths
 from hwprune.errors import InfeasibleBudget, InvalidInput
-
-
-@dataclass
-class Axis:
-    groups: Any
-    weights: Any
-    offset: int
-    knots: Any
-
-
-@dataclass
-class Term:
-    name: str
-    axes: Any
-    table: Any
-
-
-class Tables:
-    unit = "ms"
-
-    def __init__(self, levels, axes, terms, scale=1.0, offset=0.0):
-        self._levels, self.axes, self.terms, self.scale, self.offset = levels, axes, terms, scale, offset
-        self.groups = len(levels)
-
-    def levels(self, g):
-        return self._levels[g]
-
-    def price(self, widths):
-        widths = np.atleast_2d(widths)
-        knots = [
-            np.searchsorted(a.knots, a.offset + widths[:, a.groups] @ np.asarray(a.weights)) for a in self.axes
-        ]
-        total = sum(t.table[tuple(knots[a] for a in t.axes)] for t in self.terms)
-        price = self.scale * (total + np.zeros(len(widths))) + self.offset
-        return price if len(price) > 1 else float(price[0])
+from hwprune.latency import CostAxis, CostModel, CostTerm
 
 
 @st.composite
 def instances(draw, max_groups=4):
-    """Small random problems: concats, repeated groups, tables that rise, fall and stay, integer values and costs."""
-    seed = draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
-    count = draw(st.integers(1, max_groups))
-    full = rng.integers(2, 10, count)
-    levels = [np.union1d(rng.integers(1, w + 1, rng.integers(1, 5)), [w]) for w in full]
+    """Small random problems: concats, repeated groups, tables that rise, fall and stay, formulas; integer values."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    full = rng.integers(2, 10, draw(st.integers(1, max_groups)))
+    exact = draw(st.booleans())
     axes = []
     for _ in range(draw(st.integers(1, 5))):
-        members = rng.integers(0, count, rng.choice([1, 1, 2, 3]))  # a group may come twice, as in cat([x, x])
+        members = rng.integers(0, len(full), rng.choice([1, 1, 2, 3]))  # a group may come twice, as in cat([x, x])
         weights = rng.integers(1, 4, len(members))
         offset = int(rng.integers(0, 4))
-        dense = offset + int(weights @ full[members])
-        axes.append(Axis(members, weights, offset, np.union1d(rng.integers(1, dense + 1, rng.integers(0, 5)), [dense])))
+        ends = [offset + int(weights.sum()), offset + int(weights @ full[members])]
+        axes.append(
+            CostAxis(members, weights, offset, np.union1d(rng.integers(ends[0], ends[1] + 1, rng.integers(0, 5)), ends))
+        )
     terms = []
     for _ in range(draw(st.integers(1, 6))):
-        ids = tuple(int(a) for a in rng.integers(0, len(axes), rng.integers(0, 3)))
-        table = rng.integers(0, 12, [len(axes[a].knots) for a in ids]).astype(float)
+        used = tuple(int(a) for a in rng.integers(0, len(axes), rng.integers(0, 3)))
+        table = rng.integers(0, 12, [len(axes[a].knots) for a in used]).astype(float)
         if draw(st.booleans()):
-            for axis in range(table.ndim):
-                table = np.cumsum(table, axis)
-        terms.append(Term("t", ids, table))
-    cost = Tables(levels, axes, terms, float(rng.choice([0.5, 1.0])), float(rng.integers(0, 5)))
-    value = [rng.integers(0, 16, len(own)).astype(float) for own in levels]
+            for dim in range(table.ndim):
+                table = np.cumsum(table, dim)
+        if exact and draw(st.booleans()):
+            table = np.array(rng.integers(1, 4) / 4)
+            for a in used:
+                table = np.multiply.outer(table, axes[a].knots)
+        terms.append(CostTerm("term", used, table))
+    scale, offset = float(rng.choice([0.5, 1.0])), float(rng.integers(0, 5))
+    cost = CostModel("ms", full, tuple(axes), tuple(terms), scale, offset, exact=exact)
+    value = [rng.integers(0, 16, len(cost.levels(g))).astype(float) for g in range(len(full))]
     if draw(st.booleans()):
         value = [np.sort(v) for v in value]
     return cost, value, rng
@@ -96,7 +65,7 @@ EXACT = {"method": "milp", "relative_gap": 0.0}
 @given(instances())
 def test_milp_equals_brute_force_and_greedy_respects_its_bound(instance):
     cost, value, rng = instance
-    prices, worth, _ = brute_force(cost, value, [cost.levels(g) for g in range(cost.groups)])
+    prices, worth, _ = brute_force(cost, value, [cost.levels(g) for g in range(len(cost.full))])
     budget = some_budget(prices, rng)
     optimum = worth[prices <= budget].max()
 
@@ -108,20 +77,24 @@ def test_milp_equals_brute_force_and_greedy_respects_its_bound(instance):
     greedy = allocate(cost, value, budget, method="greedy")
     assert greedy.cost == cost.price(greedy.widths) <= budget
     assert greedy.value <= optimum <= greedy.bound + 1e-9
-    assert greedy.value == sum(v[list(cost.levels(g)).index(w)] for g, (v, w) in enumerate(zip(value, greedy.widths, strict=True)))
+    assert greedy.value == sum(
+        v[list(cost.levels(g)).index(w)] for g, (v, w) in enumerate(zip(value, greedy.widths, strict=True))
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(instances(max_groups=3))
 def test_minimum_multiple_and_pins_are_obeyed_exactly(instance):
     cost, value, rng = instance
-    full = np.array([cost.levels(g)[-1] for g in range(cost.groups)])
-    least = np.array([cost.levels(g)[0] for g in range(cost.groups)])
-    minimum, multiple = rng.integers(1, full + 1), rng.integers(1, 4, cost.groups)
-    pinned = {int(g): int(rng.integers(least[g], full[g] + 1)) for g in range(cost.groups) if rng.random() < 0.3}
+    full = np.array([cost.levels(g)[-1] for g in range(len(cost.full))])
+    least = np.array([cost.levels(g)[0] for g in range(len(cost.full))])
+    minimum, multiple = rng.integers(1, full + 1), rng.integers(1, 4, len(cost.full))
+    pinned = {int(g): int(rng.integers(least[g], full[g] + 1)) for g in range(len(cost.full)) if rng.random() < 0.3}
     allowed = [
-        [pinned[g]] if g in pinned else [w for w in range(max(least[g], minimum[g]), full[g] + 1) if w % multiple[g] == 0 or w == full[g]]
-        for g in range(cost.groups)
+        [pinned[g]]
+        if g in pinned
+        else [w for w in range(max(least[g], minimum[g]), full[g] + 1) if w % multiple[g] == 0 or w == full[g]]
+        for g in range(len(cost.full))
     ]
     prices, worth, widths = brute_force(cost, value, allowed)
     budget = some_budget(prices, rng)
