@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hwprune.errors import InvalidInput
-from hwprune.graph.groups import Group, Groups, Slot
+from hwprune.graph import Group, Groups, Slot
 
 Kind = Literal["bn", "l1", "l2", "taylor"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from hwprune.errors import InvalidInput
-from hwprune.graph.groups import Group, Groups, Slot
-from hwprune.graph.trace import trace
+from hwprune.graph import Group, Groups, Slot, trace
 from hwprune.importance import importance
+from hwprune.nn import mask_, unmask_
 
 TIE = 2e-4  # the part of a score that the order of ties may take
 
@@ -113,8 +113,6 @@ def test_taylor_is_the_gradient_of_a_mask_on_the_channel(kind):
     target = torch.arange(8) % 5
     nn.functional.cross_entropy(model(x), target).backward()
     score = importance(model, groups, "taylor", normalise=False)
-    from hwprune.nn import mask_, unmask_
-
     masked = mask_(model, groups)
     mask = torch.ones(groups.total, requires_grad=True)
     masked.set(mask)
