@@ -34,7 +34,10 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Method = Literal["auto", "milp", "greedy"]
 
-_AUTO_FLOWS = 60_000  # above this many pairs of states the exact solver rarely ends in time
+# Above this many pairs of states the exact solver rarely ends in time (benchmarks/bench_allocator.py). A sum over
+# several groups is worse than its pairs: its relaxation is loose.
+_AUTO_FLOWS = 60_000
+_FLOWS_OF_A_FORM = 4_000
 _VALUE_RANGE = 1e3  # values are scaled to this range, so that HiGHS's absolute gap of 1e-6 is a billionth of it
 _TOLERANCE = 1e-9  # relative, of sums in another order than price()
 
@@ -94,7 +97,8 @@ def allocate(
     problem = _Problem(cost, candidates, values)
     cheapest = _cheapest(problem, cost, budget, deadline)
     if method == "auto":
-        method = "milp" if problem.flows <= _AUTO_FLOWS else "greedy"
+        size = problem.flows + _FLOWS_OF_A_FORM * len(problem.forms)
+        method = "milp" if size <= _AUTO_FLOWS else "greedy"
     if method == "milp":
         states, bound = _solve_exactly(problem, cost, budget, cheapest, relative_gap, deadline)
     else:

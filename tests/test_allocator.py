@@ -4,12 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from hwprune.allocator import allocate, values_from_ranking, values_from_widths
 from hwprune.errors import InfeasibleBudget, InvalidInput
-from hwprune.latency import CostAxis, CostModel, CostTerm
+from hwprune.graph import Group, Groups, cut, keep_top, segments, trace
+from hwprune.importance import importance
+from hwprune.latency import CostAxis, CostModel, CostTerm, flops_model
 
 
 @st.composite
@@ -106,3 +110,218 @@ def test_minimum_multiple_and_pins_are_obeyed_exactly(instance):
         assert (widths == found.widths).all(1).any()
         assert found.cost <= budget
         assert found.value <= optimum + 1e-9
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(instances())
+def test_a_larger_budget_is_never_worth_less(instance):
+    cost, value, _ = instance
+    prices, _, _ = brute_force(cost, value, [cost.levels(g) for g in range(len(cost.full))])
+    budgets = np.quantile(prices, [0, 0.2, 0.5, 0.8, 1], method="higher")
+    exact = [allocate(cost, value, float(budget), **EXACT) for budget in budgets]
+    assert all(a.value <= b.value for a, b in itertools.pairwise(exact))
+    relaxed = [allocate(cost, value, float(budget), method="greedy").bound for budget in budgets]
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(relaxed))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(instances(), st.sampled_from(["milp", "greedy"]))
+def test_an_infeasible_budget_names_the_true_floor(instance, method):
+    cost, value, _ = instance
+    floor = brute_force(cost, value, [cost.levels(g) for g in range(len(cost.full))])[0].min()
+    given_budget = floor - 0.25
+    with pytest.raises(InfeasibleBudget) as refusal:
+        allocate(cost, value, given_budget, method=method)
+    assert f"budget {given_budget:.4g} ms is below {floor:.4g} ms, the lowest price of any allowed" in str(
+        refusal.value
+    )
+    assert "Give at least" in str(refusal.value)
+    assert allocate(cost, value, float(floor), method=method).cost == floor
+
+
+def chain(widths=(16, 32, 64), tile=8, **options):
+    """A stack of layers of tiled cost: table[i, j] = ceil(i / tile) · ceil(j / tile), and a last one-sided layer."""
+    full = np.array(widths)
+    knots = [np.union1d([1], np.arange(tile, w + 1, tile)) for w in widths]
+    axes = tuple(CostAxis(np.array([g]), np.array([1]), 0, k) for g, k in enumerate(knots))
+    tiles = [np.ceil(k / tile) for k in knots]
+    terms = [CostTerm("layer", (g, g + 1), np.multiply.outer(tiles[g], tiles[g + 1])) for g in range(len(widths) - 1)]
+    return CostModel("ms", full, axes, (*terms, CostTerm("last", (len(widths) - 1,), tiles[-1])), **options)
+
+
+def linear(cost):
+    return [np.asarray(cost.levels(g)) / cost.full[g] for g in range(len(cost.full))]
+
+
+@pytest.mark.parametrize("method", ["milp", "greedy", "auto"])
+def test_the_dense_network_is_kept_when_it_fits(method):
+    cost = chain()
+    found = allocate(cost, linear(cost), cost.dense, method=method)
+    assert found.widths.tolist() == [16, 32, 64]
+    assert (found.gap, found.value, found.bound) == (0, 3, 3)
+
+
+def test_widths_stand_on_plateau_edges_and_no_group_vanishes():
+    cost = chain()
+    for part in (0.2, 0.4, 0.6, 0.8):
+        found = allocate(cost, linear(cost), part * cost.dense)
+        assert (found.widths >= 1).all()
+        wider = [
+            allocate(cost, linear(cost), found.cost, pinned={g: int(w)}).widths[g] for g, w in enumerate(found.widths)
+        ]
+        assert wider == found.widths.tolist()
+        for g, own in enumerate(found.widths):
+            trial = found.widths.copy()
+            trial[g] = min(own + 1, cost.full[g])
+            assert own == cost.full[g] or cost.price(trial) > found.cost  # one channel more is never for free
+
+
+def test_worthless_channels_leave_the_minimum():
+    cost = chain()
+    value = [np.zeros(len(v)) for v in linear(cost)]
+    assert allocate(cost, value, 0.5 * cost.dense).widths.tolist() == [1, 1, 1]
+    found = allocate(cost, value, 0.9 * cost.dense, minimum=[2, 3, 40])
+    assert found.widths.tolist() == [2, 3, 40]
+
+
+def test_multiples_go_to_the_last_multiple_before_each_edge():
+    cost = chain(widths=(30, 30), tile=10)  # edges 1, 10, 20, 30
+    for budget in np.linspace(cost.floor, cost.dense, 7)[1:]:
+        widths = allocate(cost, linear(cost), float(budget), multiple=8).widths
+        assert set(widths.tolist()) <= {8, 16, 30}
+    wide = allocate(cost, linear(cost), 0.6 * cost.dense, multiple=[8, 64]).widths
+    assert wide[1] == 30  # no multiple of 64 fits into 30 channels: the group stays whole
+
+
+def test_pinned_groups_do_not_move():
+    cost = chain()
+    found = allocate(cost, linear(cost), 0.5 * cost.dense, pinned={1: 5}, multiple=8, minimum=8)
+    assert found.widths[1] == 5
+    with pytest.raises(InfeasibleBudget, match="pinned widths"):
+        allocate(cost, linear(cost), 0.3 * cost.dense, pinned={0: 16, 1: 32, 2: 64})
+
+
+def staircase_of(program, seed=0):
+    """Tables of tiled cost with noise over the real segments of a network, non-monotone here and there."""
+    rng = np.random.default_rng(seed)
+    axes, index, terms = [], {}, []
+    for segment in segments(program):
+        used = []
+        for axis in segment.axes:
+            if axis.key not in index:
+                index[axis.key] = len(axes)
+                least = axis.offset + int(np.sum(axis.weights))
+                knots = np.union1d(np.arange(max(least, 8), axis.size + 1, 8), [least, axis.size])
+                axes.append(CostAxis(axis.groups, axis.weights, axis.offset, knots))
+            used.append(index[axis.key])
+        table = np.array(1.0 + segment.macs)
+        for a in used:
+            table = np.multiply.outer(table, np.ceil(axes[a].knots / 8))
+        terms.append(CostTerm(segment.name, tuple(used), table * (1 + 0.1 * rng.random(table.shape))))
+    return CostModel("ms", program.groups.widths, tuple(axes), tuple(terms))
+
+
+class Fire(nn.Module):
+    """Two branches concatenated, a residual, and a flattened head: sums over groups, shared groups, weights above 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.left = nn.Conv2d(16, 8, 1)
+        self.right = nn.Conv2d(16, 24, 3, padding=1)
+        self.join = nn.Conv2d(32, 16, 1)
+        self.head = nn.Linear(16 * 16, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = x + self.join(torch.cat([self.left(x), self.right(x)], 1).relu())
+        return self.head(x.relu().flatten(1))
+
+
+@pytest.fixture(scope="module")
+def fire():
+    torch.manual_seed(0)
+    model = Fire().eval()
+    return model, trace(model, (torch.randn(1, 3, 4, 4),))
+
+
+@pytest.mark.parametrize("model_of", [flops_model, staircase_of])
+def test_a_traced_network_is_allocated_optimally(fire, model_of):
+    model, program = fire
+    cost = model_of(program)
+    value = values_from_ranking(program.groups, importance(model, program.groups, "l2"), cost)
+    prices, worth, _ = brute_force(cost, value, [cost.levels(g) for g in range(len(program.groups))])
+    for part in (0.3, 0.6):
+        budget = part * cost.dense
+        found = allocate(cost, value, budget, **EXACT)
+        assert found.cost <= budget
+        assert found.value == pytest.approx(worth[prices <= budget].max(), abs=1e-9)
+        greedy = allocate(cost, value, budget, method="greedy")
+        assert greedy.value <= found.value + 1e-12 and greedy.bound >= found.value - 1e-12
+        keep = keep_top(program.groups, found.widths, importance(model, program.groups, "l2"))
+        assert cut(model, program, keep).module(torch.randn(1, 3, 4, 4)).shape == (1, 4)
+
+
+def test_values_are_the_kept_part_of_the_importance(fire):
+    _, program = fire
+    cost = chain(widths=(4, 2), tile=1)
+    groups = Groups((Group("a", 4, ()), Group("b", 2, ())), (), np.arange(1, 7))
+    ranking = torch.tensor([1.0, 4.0, 3.0, 2.0, 0.0, 0.0])
+    mass = values_from_ranking(groups, ranking, cost, scale="mass")
+    np.testing.assert_allclose(mass[0], [0.4, 0.7, 0.9, 1.0])
+    np.testing.assert_allclose(mass[1], [0.5, 1.0])  # nothing tells these channels apart
+    np.testing.assert_allclose(values_from_ranking(groups, ranking, cost)[0], np.log([0.4, 0.7, 0.9, 1.0]))
+
+    flat = np.random.default_rng(0).random(program.groups.total)
+    for values in values_from_ranking(program.groups, flat, flops := flops_model(program)):
+        assert (np.diff(values) > 0).all() and values[-1] == pytest.approx(0)
+    for g, values in enumerate(values_from_ranking(program.groups, flat, flops, scale="mass")):
+        slopes = np.diff(values) / np.diff(flops.levels(g))
+        assert (np.diff(slopes) <= 1e-12).all()
+
+
+def test_values_from_widths_peak_in_use_of_the_budget_at_the_learned_widths():
+    cost = chain(tile=4)
+    learned = torch.tensor([8.0, 16.0, 40.0])
+    found = allocate(cost, values_from_widths(learned, cost), cost.price([8, 16, 40]), **EXACT)
+    assert found.widths.tolist() == [8, 16, 40]
+    more = allocate(cost, values_from_widths(learned, cost), 1.3 * cost.price([8, 16, 40]), **EXACT)
+    assert (more.widths >= learned.numpy()).all() and more.widths.sum() > 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": [[1.0]]}, "value needs 3 arrays"),
+        ({"value": [[np.nan] * 3, [0] * 5, [0] * 9]}, "not finite"),
+        ({"budget": float("nan")}, "finite number of ms"),
+        ({"method": "magic"}, "one of auto, milp, greedy"),
+        ({"minimum": [1, 2]}, "minimum must be one whole number or 3"),
+        ({"minimum": 17}, "minimum 17 of group 0 is above its full width 16"),
+        ({"multiple": 0}, "multiple 0 must be at least 1"),
+        ({"multiple": 1.5}, "multiple must be one whole number"),
+        ({"pinned": {3: 1}}, "pinned names group 3; there are 3"),
+        ({"pinned": {0: 17}}, r"pinned\[0\]=17 is outside 1\.\.16"),
+        ({"pinned": {0: 0}}, r"pinned\[0\]=0 is outside 1\.\.16"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    cost = chain()
+    with pytest.raises(InvalidInput, match=message):
+        allocate(**{"cost": cost, "value": linear(cost), "budget": 0.5 * cost.dense} | change)
+
+
+@pytest.mark.parametrize("ranking", [[1.0], [-1.0] * 6, [np.inf] * 6])
+def test_rankings_that_are_no_amounts_are_refused(ranking):
+    groups = Groups((Group("a", 4, ()), Group("b", 2, ())), (), np.arange(1, 7))
+    with pytest.raises(InvalidInput, match="ranking has"):
+        values_from_ranking(groups, ranking, chain(widths=(4, 2), tile=1))
+
+
+def test_a_solver_without_time_still_answers_within_the_budget():
+    cost = chain(widths=(64,) * 12, tile=4)
+    value = [np.log(v) for v in linear(cost)]
+    for method in ("milp", "greedy"):
+        found = allocate(cost, value, 0.4 * cost.dense, method=method, time_limit_s=0.0)
+        assert found.cost <= 0.4 * cost.dense
+        assert found.bound >= found.value and 0 <= found.gap <= 1
