@@ -111,7 +111,7 @@ class Masked:
             self._index = self._index.to(mask.device)
         if self._has_free:
             mask = torch.cat([mask, mask.new_ones(1)])
-        self._parts.vectors = mask.index_select(0, self._index).split(self._sizes)
+        self._parts.vectors = torch.split(mask.index_select(0, self._index), self._sizes)
 
     def unmask_(self) -> nn.Module:
         """Take the masks out again; returns the network as it was, with its current weights."""
@@ -254,11 +254,11 @@ def _masked_parameter(name: str) -> property:
 def _masked_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
     def forward(module: nn.Module, x: Tensor) -> Tensor:
         y = cast(Tensor, base.forward(module, x))  # [N, C, ...]
-        vectors = module.__dict__[_PARTS].vectors
-        if vectors is None:
+        parts: _Parts = module.__dict__[_PARTS]
+        if parts.vectors is None:
             return y
         ((_, part),) = module.__dict__[_SITES][_OUTPUT]
-        return y * vectors[part].to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
+        return y * parts.vectors[part].to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
 
     return forward
 

@@ -58,8 +58,8 @@ class Context:
 
     def rounded(self, widths: Tensor) -> NDArray[np.int64]:
         """Integer widths next to the real ones, within [minimum, maximum]. [G]"""
-        nearest = np.rint(widths.detach().double().cpu().numpy()).astype(np.int64)
-        return np.clip(nearest, self.minimum, self.maximum)
+        nearest: NDArray[np.int64] = np.rint(widths.detach().double().cpu().numpy()).astype(np.int64)
+        return nearest.clip(self.minimum, self.maximum)
 
 
 class Method(ABC):
@@ -156,8 +156,7 @@ def method_class(name: str) -> type[Method]:
     if name not in METHODS:
         raise InvalidInput(f"search method {name!r} is unknown; possible: {', '.join(sorted(METHODS))}")
     module, _, attribute = METHODS[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    assert issubclass(found, Method)
+    found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
 
 
@@ -230,7 +229,7 @@ class Search:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         generator = torch.Generator(device)
         generator.manual_seed(seed)
-        lowest, highest = bounds(groups, minimum, pinned or {})
+        lowest, highest = bounds(groups, cost, minimum, pinned or {})
         self.context = Context(model, groups, cost, controller, steps, generator, device, lowest, highest)
         self._masked = mask_(model, groups)
         try:
@@ -344,13 +343,14 @@ def search(
 
 
 def bounds(
-    groups: Groups, minimum: NDArray[np.int64] | None, pinned: Mapping[int, int]
+    groups: Groups, cost: CostModel, minimum: NDArray[np.int64] | None, pinned: Mapping[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Least and greatest width of every group. [G], [G]"""
-    highest = np.asarray(groups.widths, np.int64).copy()
-    lowest = np.ones_like(highest) if minimum is None else np.asarray(minimum, np.int64).copy()
+    """Least and greatest width of every group; never less than what the cost model knows. [G], [G]"""
+    highest = np.array(groups.widths, np.int64)
+    lowest = np.ones_like(highest) if minimum is None else np.array(minimum, np.int64)
     if lowest.shape != highest.shape or (lowest < 1).any() or (lowest > highest).any():
         raise InvalidInput(f"minimum={lowest.tolist()} must lie between 1 and the full widths {highest.tolist()}")
+    lowest = np.maximum(lowest, cost.least)
     for group, width in pinned.items():
         if not (0 <= group < len(highest) and 1 <= width <= highest[group]):
             raise InvalidInput(f"group {group} cannot be pinned to {width}; widths are {highest.tolist()}")

@@ -6,11 +6,11 @@ network. The gradient of the loss with respect to the masks is straight-through,
 differentiation of that condition: dL/dα = C Σ w_i dL/dm_i with w = softmax(log p(1-p)), the mean over the channels near
 the threshold. β₂ is annealed, so that the choice of channels hardens.
 
-From the authors' released code: p and its floor of 1 %, Bernoulli masks after the batch norm, b = |γ|, θ = 5 at the
-start, β₂ as a schedule. Reconstruction, where no source states it: the budget on milliseconds by an augmented
+From the authors' released code: p and its floor of 1 %, Bernoulli masks after the batch norm, b = |γ|, β₂ as a
+schedule. Reconstruction, where no source states it: the budget on milliseconds by an augmented
 Lagrangian, Adam's step size and its decay, the range of β₂, the warm-up. Different on purpose: every member of a group
-votes on b (the authors take the first), and the loss gradient is put on the scale of the cost gradient, so that one
-step size and one penalty fit all networks.
+votes on b (the authors take the first); dropped channels are masked by a small number (see ``off``); and the loss
+gradient is put on the scale of the cost gradient, so that one step size and one penalty fit all networks.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hwprune import ops
+from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.importance import importance
@@ -29,6 +30,8 @@ from hwprune.search.base import Context, Method
 
 _SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
+_BETAS = (0.9, 0.99)  # Adam's; the size of the gradients changes with the pull of the budget
+_DIFFERENT = 0.05  # standard deviation of log γ from which on importances are not equal; trained networks have 0.2 up
 _LEAST = 1e-12
 
 
@@ -38,7 +41,8 @@ class DSA(Method):
     Args:
         lr: Adam's step on θ. ``None``: ``25 / steps``, at most 0.1, so that a short search can travel as far as a long
             one; it falls by a cosine to a tenth.
-        theta: initial θ; α starts at sigmoid(theta).
+        theta: initial θ; α starts at sigmoid(theta). The authors' 5 spends a tenth of a short search where the sigmoid
+            is flat.
         temperature: β₂ at the start and at the end; log-linear in between, and held over the last tenth.
         warmup: greatest part of the steps spent without masks, waiting for importances to differ. A network whose
             importances differ from the start (a trained one) is not warmed up.
@@ -48,6 +52,8 @@ class DSA(Method):
         tie_break: exponent of the weight norm beside |γ|, to order channels whose γ are equal.
         spread: least standard deviation of log b within a group: one that is flatter is stretched, tenfold at most, so
             that every group hardens at the same temperature.
+        off: the mask of a dropped channel. With the 0 of the paper, the derivative of a ReLU behind it is 0 too, and a
+            dropped channel would never learn that it is missed; any small number lets the sign of its input decide.
         straight_through: γ and β of a dropped channel learn as if it had been kept.
     """
 
@@ -58,13 +64,14 @@ class DSA(Method):
     def __init__(
         self,
         lr: float | None = None,
-        theta: float = 5.0,
+        theta: float = 3.0,
         temperature: tuple[float, float] = (2.0, 100.0),
         warmup: float = 0.2,
         interval: int = 1,
-        balance: float = 0.1,
+        balance: float = 0.03,
         tie_break: float = 0.05,
         spread: float = 0.3,
+        off: float = 1e-5,
         straight_through: bool = False,
     ) -> None:
         if not 0 < temperature[0] <= temperature[1]:
@@ -79,6 +86,7 @@ class DSA(Method):
         self.balance = balance
         self.tie_break = tie_break
         self.spread = spread
+        self.off = off
         self.straight_through = straight_through
 
     def setup(self, context: Context) -> None:
@@ -102,14 +110,14 @@ class DSA(Method):
         self._cost_soft = self._cost_hard = float(context.cost.dense)
         self._multiplier = 0.0
         self._start = 0 if self._live.differs() else None  # first step with masks
-        # The multiplier integrates the excess. Thirty updates in a search keep it slower than the ratios it steers;
-        # with one per step, the two chase each other around the budget.
-        self._dual_interval = max(1, context.steps // (30 * self.interval))
+        # The multiplier integrates the excess. Ten updates in a search keep it slower than the ratios that it steers;
+        # with more, the two chase each other around the budget.
+        self._dual_interval = max(1, context.steps // (10 * self.interval))
 
     def temperature_at(self, step: int) -> float:
         """β₂: log-linear over the first nine tenths of the masked steps, then constant."""
         low, high = self.temperature
-        return low * (high / low) ** min(1.0, self._progress(step) / 0.9)
+        return low * math.pow(high / low, min(1.0, self._progress(step) / 0.9))
 
     def masks(self, step: int) -> Tensor | None:
         if self._start is None and (step >= self.warmup * self.context.steps or self._live.differs()):
@@ -119,7 +127,7 @@ class DSA(Method):
         uniforms = torch.rand(len(self._p), generator=self.context.generator, device=self.context.device)
         scores = self._live()
         _, self._p, mask = ops.ratio_forward(self.theta, scores, self._offsets, self.temperature_at(step), uniforms)
-        self._mask = mask.requires_grad_()
+        self._mask = mask.clamp_min_(self.off).requires_grad_()
         return self._mask
 
     def after_backward(self, step: int) -> None:
@@ -141,7 +149,7 @@ class DSA(Method):
         slope = slope.to(self.theta) / context.cost.dense  # [G] d (cost / dense) / d width
         self._cost_soft = float(cost)
         self._cost_hard = float(context.cost.price(context.rounded(widths)))
-        self._multiplier = context.controller.multiplier(self._cost_soft, since)
+        self._multiplier = _pull(context.controller, self._cost_soft, since)
         if self._updates % self._dual_interval == 0:
             context.controller.update(self._cost_hard, since)
 
@@ -160,6 +168,7 @@ class DSA(Method):
             self._exp_avg_sq,
             step=self._updates,
             lr=self._lr_at(step),
+            betas=_BETAS,
         )
         loss_grad = (ratio_grad - self._multiplier * cost_grad) / scale  # [G] dL / dα
         self._loss_size = _SIZE_DECAY * self._loss_size + (1 - _SIZE_DECAY) * float(loss_grad.norm())
@@ -227,6 +236,16 @@ class DSA(Method):
         return peak * (0.55 + 0.45 * math.cos(math.pi * self._progress(step)))
 
 
+def _pull(controller: BudgetController, cost: float, step: int) -> float:
+    """The controller's multiplier, but negative below the budget, where the controller would let go.
+
+    A budget that is not used is accuracy given away, and the loss alone wins it back slowly: its gradient is mostly
+    noise. Where the budget binds, which is where anything is to be pruned, both have the same solution.
+    """
+    slope = controller.dual + controller.rho * controller.excess(cost, step)
+    return slope * controller.dense / controller.target(step)
+
+
 class LiveImportance:
     """The scores b [ΣC] from the weights as they are now, cheap enough for every step.
 
@@ -244,7 +263,9 @@ class LiveImportance:
         self.owner = torch.repeat_interleave(widths)  # [ΣC] group of each channel
         self._widths = widths.to(torch.float32)
 
-        scales, index, channel, member, sizes = {}, [], [], [], []
+        scales: dict[str, int] = {}  # name of γ -> where it starts among all of them, laid end to end
+        index, channel, member = [], [], []
+        sizes: list[int] = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
         base = 0
         for name, positions, first in _scales(groups, parameters):
@@ -291,12 +312,12 @@ class LiveImportance:
         return (logs * (self._spread / deviation.clamp_min(_LEAST)).clamp(1, 10)).exp()
 
     def differs(self) -> bool:
-        """Whether importances say anything yet: the median group's γ vary by a thousandth, or norms decide anyway."""
+        """Whether importances say anything yet: γ vary by 5 % in the median group, or no γ decides."""
         if not self._parameters:
             return True
         logs = self.scales().clamp_min(1e-6).log()
         deviation = self._mean((logs - self._mean(logs)).square()).sqrt()  # [ΣC]
-        return bool(deviation[self._votes > 0].median() > 1e-3)
+        return bool(deviation[self._votes > 0].median() > _DIFFERENT)
 
     def state_dict(self) -> dict[str, Any]:
         return {"calls": self._calls, "norms": self._norms.clone()}

@@ -64,7 +64,7 @@ class Uniform(Method):
     ) -> Allocation:
         """The widths of the largest ratio within ``budget``, whatever was found before; its value is the ratio."""
         started_s = time.perf_counter()
-        lowest, highest = bounds(groups, minimum, pinned or {})
+        lowest, highest = bounds(groups, cost, minimum, pinned or {})
         chosen, ratio, price = _widest(groups.widths, cost, budget, lowest, highest, multiple)
         wall_s = time.perf_counter() - started_s
         return Allocation(chosen, price, ratio, bound=ratio, gap=0.0, method="greedy", wall_s=wall_s)
