@@ -48,7 +48,7 @@ class ImageLoader:
         shuffle: a new order each epoch, the last incomplete batch left out; otherwise in order and complete.
         seed: with the epoch it decides order and augmentation.
 
-    Yields ``(inputs, targets)``: [B, C, H, W] float32 (channels last in memory) and [B] int64, on the images' device.
+    Yields ``(inputs, targets)``: [B, C, H, W] float32 and [B] int64, on the images' device.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ImageLoader:
                 images = self._augment(images, draws[share].to(images.device))
             rows = images.flatten(2).float()  # [B, H, W * C]: long inner loops
             pixels = torch.addcmul(self._shift, rows, self._scale).view(images.shape)
-            yield pixels.permute(0, 3, 1, 2), self.labels[index]
+            yield pixels.permute(0, 3, 1, 2).contiguous(), self.labels[index]
 
     def _draw(self, count: int, generator: torch.Generator) -> Tensor:
         assert self.augmentation is not None

@@ -44,7 +44,9 @@ class Recipe:
     Hutter, arXiv 1608.03983, without restarts). ``distill`` is the teacher's share of the loss, at ``temperature``
     (Hinton et al., arXiv 1503.02531, equation 4); it counts only where a teacher is given. ``clip_norm`` bounds the
     norm of the whole gradient. ``amp="auto"`` is bfloat16 on accelerators that have it, float16 with loss scaling on
-    those that have not, and full precision on the processor. ``momentum`` is β₁ for AdamW.
+    those that have not, and full precision on the processor. ``memory_format="auto"`` is channels last for
+    convolutional networks whose forward pass runs so (a ``view`` may not): CIFAR ResNets train in four fifths of the
+    time. ``momentum`` is β₁ for AdamW.
     """
 
     epochs: int = 30
@@ -61,7 +63,7 @@ class Recipe:
     temperature: float = 4.0
     batch_size: int = 128
     seed: int = 0
-    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
 
     def __post_init__(self) -> None:
         allowed = {
@@ -77,7 +79,10 @@ class Recipe:
             "distill": (0 <= self.distill <= 1, "between 0 and 1"),
             "temperature": (self.temperature > 0, "positive"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
-            "memory_format": (self.memory_format in _MEMORY_FORMATS, " or ".join(_MEMORY_FORMATS)),
+            "memory_format": (
+                self.memory_format in ("auto", "contiguous", "channels_last"),
+                "auto, contiguous or channels_last",
+            ),
         }
         for name, (good, text) in allowed.items():
             if not good:
@@ -89,9 +94,6 @@ class Recipe:
         if step < warmup:
             return self.lr * (step + 1) / warmup
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
-_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class StepHooks(Protocol):
@@ -175,15 +177,8 @@ def fit(
         run.save(verify=True)
     started = saved = time.monotonic()
     before_s = run.history.wall_s
-
-    def save() -> None:
-        nonlocal saved
-        saved = time.monotonic()
-        run.history.wall_s = before_s + saved - started
-        run.save()
-
-    with _modes(model, True), _modes(teacher, False), _progress(progress and run.rank == 0) as bar:
-        task = bar.add_task(description, total=run.steps, completed=run.step, status="")
+    with run, _modes(model, True), _modes(teacher, False), _progress(progress and run.rank == 0) as bar:
+        task = bar.add_task(description, total=run.steps, completed=run.step, status=run.status())
         while run.epoch < recipe.epochs:
             for inputs, targets in run.batches():
                 # Processes that wait for each other inside a step would deadlock with one that waits to measure.
@@ -194,12 +189,14 @@ def fit(
                     run.log()
                 if last:
                     run.epoch, run.batch = run.epoch + 1, 0
+                now = time.monotonic()
+                run.history.wall_s = before_s + now - started
                 # Processes must agree on when to save, and their clocks do not.
-                if last or (run.processes == 1 and time.monotonic() - saved >= checkpoint_seconds):
-                    save()
+                if last or (run.processes == 1 and now - saved >= checkpoint_seconds):
+                    run.save()
+                    saved = now
                 bar.update(task, completed=run.step, status=run.status())
-    run.finish()
-    run.history.wall_s = before_s + time.monotonic() - started
+        run.finish()
     return run.history
 
 
@@ -232,11 +229,8 @@ class _Run:
         self.steps_per_epoch = _length(loader)
         self.steps = self.steps_per_epoch * recipe.epochs
         self.loss_fn = loss_fn or _cross_entropy(recipe.label_smoothing)
-        self.memory_format = _MEMORY_FORMATS[recipe.memory_format]
-        self.model = model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.forward: nn.Module = model
-        if self.processes > 1:
-            self.forward = nn.parallel.DistributedDataParallel(model)
+        self.model = self.forward = model
+        self.memory_format: torch.memory_format | None = None  # chosen when the first batch is there
         self.optimizer = _optimizer(self.parameters, recipe)
         self.amp_dtype = _amp_dtype(recipe, self.device, hooks)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
@@ -290,6 +284,11 @@ class _Run:
 
     def train_step(self, inputs: Any, targets: Any) -> None:
         recipe, step, hooks = self.recipe, self.step, self.hooks
+        if self.memory_format is None:
+            self.memory_format = self._choose_memory_format(inputs)
+            self._format(self.memory_format)
+            if self.processes > 1:
+                self.forward = nn.parallel.DistributedDataParallel(self.model)
         inputs = _move(inputs, self.device, self.memory_format)
         targets = _move(targets, self.device, torch.preserve_format)
         lr = recipe.lr_at(step, self.steps)
@@ -318,6 +317,25 @@ class _Run:
             hooks.after_step(step)
         self.totals += _totals(loss.detach(), output, targets, self.device)
         self.step, self.batch = step + 1, self.batch + 1
+
+    def _choose_memory_format(self, inputs: Any) -> torch.memory_format:
+        wanted = self.recipe.memory_format
+        if wanted == "auto" and not any(parameter.ndim == 4 for parameter in self.parameters):
+            wanted = "contiguous"
+        if wanted != "auto":
+            return torch.channels_last if wanted == "channels_last" else torch.contiguous_format
+        rng = _rng_state(self.device)
+        try:
+            with _modes(self.model, False), torch.no_grad():
+                _apply(self.model, _move(inputs, self.device, torch.channels_last))
+        except RuntimeError:  # mostly "view size is not compatible"; any other comes again in the step itself
+            return torch.contiguous_format
+        finally:
+            _set_rng_state(rng, self.device)
+        return torch.channels_last
+
+    def _format(self, memory_format: torch.memory_format) -> None:
+        self.model.to(memory_format=memory_format)  # type: ignore[call-overload]
 
     def _watch(self, loss: Tensor, step: int) -> None:
         if loss.ndim:
@@ -372,11 +390,16 @@ class _Run:
     def finish(self) -> None:
         self._check_loss()
         if self.processes > 1:
-            for (
-                buffer
-            ) in self.model.buffers():  # each process has seen other images: let all have the first's statistics
+            # Each process has normalised other images: the statistics of the first are for all.
+            for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        self.model.to(memory_format=torch.contiguous_format)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.memory_format is torch.channels_last:
+            self._format(torch.contiguous_format)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
