@@ -56,6 +56,6 @@ def _open(name: str) -> IO[bytes] | None:
     if fcntl is None:
         return None
     try:
-        return open(Path(tempfile.gettempdir()) / f"hwprune-{os.getuid()}.{name}", "ab")  # noqa: SIM115
+        return open(Path(tempfile.gettempdir()) / f"hwprune-{os.getuid()}.{name}", "ab")
     except OSError:
         return None
