@@ -31,7 +31,7 @@ from hwprune.search.base import Context, Method
 _SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
 _BETAS = (0.9, 0.99)  # Adam's; the size of the gradients changes with the pull of the budget
-_DIFFERENT = 0.05  # standard deviation of log γ from which on importances are not equal; trained networks have 0.2 up
+_EQUAL, _DIFFERENT = 1e-3, 0.03  # standard deviation of log γ: below, never trained; above, fit to choose channels by
 _LEAST = 1e-12
 
 
@@ -109,7 +109,7 @@ class DSA(Method):
         self._p = torch.ones(groups.total, device=device)
         self._cost_soft = self._cost_hard = float(context.cost.dense)
         self._multiplier = 0.0
-        self._start = 0 if self._live.differs() else None  # first step with masks
+        self._start = None if self._live.deviation() < _EQUAL else 0  # first step with masks
         # The multiplier integrates the excess. Ten updates in a search keep it slower than the ratios that it steers;
         # with more, the two chase each other around the budget.
         self._dual_interval = max(1, context.steps // (10 * self.interval))
@@ -120,7 +120,7 @@ class DSA(Method):
         return low * math.pow(high / low, min(1.0, self._progress(step) / 0.9))
 
     def masks(self, step: int) -> Tensor | None:
-        if self._start is None and (step >= self.warmup * self.context.steps or self._live.differs()):
+        if self._start is None and (step >= self.warmup * self.context.steps or self._live.deviation() > _DIFFERENT):
             self._start = step
         if self._start is None:
             return None
@@ -311,13 +311,13 @@ class LiveImportance:
         deviation = self._mean(logs.square()).sqrt()
         return (logs * (self._spread / deviation.clamp_min(_LEAST)).clamp(1, 10)).exp()
 
-    def differs(self) -> bool:
-        """Whether importances say anything yet: γ vary by 5 % in the median group, or no γ decides."""
+    def deviation(self) -> float:
+        """How much importances say: the standard deviation of log γ in the median group; infinite without any γ."""
         if not self._parameters:
-            return True
+            return math.inf
         logs = self.scales().clamp_min(1e-6).log()
         deviation = self._mean((logs - self._mean(logs)).square()).sqrt()  # [ΣC]
-        return bool(deviation[self._votes > 0].median() > _DIFFERENT)
+        return float(deviation[self._votes > 0].median())
 
     def state_dict(self) -> dict[str, Any]:
         return {"calls": self._calls, "norms": self._norms.clone()}
