@@ -258,7 +258,8 @@ def _masked_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
         if parts.vectors is None:
             return y
         ((_, part),) = module.__dict__[_SITES][_OUTPUT]
-        return y * parts.vectors[part].to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
+        mask: Tensor = parts.vectors[part].to(y.dtype).view(-1, *(1,) * (y.ndim - 2))
+        return y * mask
 
     return forward
 
