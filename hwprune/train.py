@@ -327,7 +327,8 @@ class _Run:
         rng = _rng_state(self.device)
         try:
             with _modes(self.model, False), torch.no_grad():
-                _apply(self.model, _move(inputs, self.device, torch.channels_last))
+                for model in filter(None, (self.model, self.teacher)):
+                    _apply(model, _move(inputs, self.device, torch.channels_last))
         except RuntimeError:  # mostly "view size is not compatible"; any other comes again in the step itself
             return torch.contiguous_format
         finally:

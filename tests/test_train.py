@@ -134,6 +134,9 @@ def test_channels_last_is_taken_where_the_forward_pass_allows_it():
     model = Viewing()
     fit(model, batches(), RECIPE, progress=False)
     assert model.formats == {(False, False), (True, True)}  # tried, and left
+    teacher = Viewing()
+    fit(resnet8(), batches(), RECIPE, teacher=teacher, progress=False)
+    assert (False, False) in teacher.formats and (False, True) in teacher.formats
     seen = []
     model = resnet8()
     model.layer1.register_forward_hook(
