@@ -183,9 +183,7 @@ def find_groups(labels: Labels, constants: frozenset[str] = frozenset()) -> Grou
 def _parameter_slots(labels: Labels, constants: frozenset[str]) -> list[tuple[str, int, str, Tensor]]:
     """(parameter, dim, role, labels along the dim) in the order of the graph."""
     order = {str(node.target): i for i, node in enumerate(labels.module.graph.nodes) if node.op == "get_attr"}
-    found = [
-        (parameter, dim, labels.roles[parameter, dim], line) for (parameter, dim), line in labels.slots.items()
-    ]
+    found = [(parameter, dim, labels.roles[parameter, dim], line) for (parameter, dim), line in labels.slots.items()]
     for parameter, box in labels.data.items():
         found += [(parameter, dim, "data", labels.line(box, dim)) for dim in labels.varying(box)]
     found = [slot for slot in found if slot[0] not in constants]
@@ -235,11 +233,16 @@ def _folded_producers(labels: Labels) -> set[str]:
 
 
 def _frozen(labels: Labels, slots: list[tuple[str, int, str, Tensor]], canon: list[Any]) -> tuple[Frozen, ...]:
+    trained = dict(labels.module.named_parameters())
     found = []
     for (parameter, dim, role, line), here in zip(slots, canon, strict=True):
         if role in ("out", "data") and len(line) > 1 and (here == 0).any() and parameter.rpartition(".")[2] != "bias":
             cause = labels.coupling.why(int(line[int(np.argmax(here == 0))]))
             found.append(Frozen(parameter, dim, cause.operator, cause.reason))
+    for parameter, box in labels.data.items():
+        if parameter in trained and box.numel() > 1 and not bool(labels.canon(box).any()):  # as a whole
+            cause = labels.coupling.why(int(box.reshape(-1)[0]))
+            found.append(Frozen(parameter, int(np.argmax(box.shape)), cause.operator, cause.reason))
     return tuple(found)
 
 

@@ -201,7 +201,8 @@ _SAME = {
     "contiguous", "clone", "alias", "detach", "to", "_to_copy", "dropout", "feature_dropout", "alpha_dropout",
     "lift_fresh_copy", "hardswish", "type_as",
 }  # fmt: skip
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as"}
+RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as"}
+MOVEMENT = _VIEWS | _SAME - {"dropout", "feature_dropout", "alpha_dropout", "hardswish"} | RESHAPES
 _POOLS = {
     "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3,
     "adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3, "adaptive_max_pool1d": 1,
@@ -211,7 +212,9 @@ _POOLS = {
     "lp_pool2d": 2,
 }  # fmt: skip
 _SUMS = {"sum", "mean", "linalg_vector_norm", "norm"}  # reductions to which a removed channel contributes nothing
-_REDUCTIONS = _SUMS | {"amax", "amin", "max", "min", "prod", "var", "std", "logsumexp", "any", "all", "median", "nansum"}
+_REDUCTIONS = _SUMS | {"amax", "amin", "max", "min", "prod", "var", "std", "logsumexp"} | {
+    "any", "all", "median", "nansum",
+}  # fmt: skip
 _ALONG = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "flip", "roll"}
 _BORN = {
     "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like",
@@ -221,7 +224,7 @@ _CONVS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_tr
 
 # Where a parameter stands as a weight: operator -> argument names. Anywhere else it is data.
 _WEIGHTS = {
-    **{conv: ("weight", "bias") for conv in _CONVS},
+    **dict.fromkeys(_CONVS, ("weight", "bias")),
     "linear": ("weight", "bias"),
     "batch_norm": ("weight", "bias", "running_mean", "running_var"),
     "instance_norm": ("weight", "bias", "running_mean", "running_var"),
@@ -235,7 +238,9 @@ _WEIGHTS = {
     "addmm": ("mat2",),
 }
 
-CONTRACTIONS = set(_CONVS) | {"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention", "embedding"}
+CONTRACTIONS = set(_CONVS) | {
+    "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention", "embedding",
+}  # fmt: skip
 
 
 class _Run:
@@ -252,7 +257,7 @@ class _Run:
             **dict.fromkeys(_POOLS, self.pool),
             **dict.fromkeys(_REDUCTIONS, self.reduction),
             **dict.fromkeys(_ALONG, self.along),
-            **dict.fromkeys(_RESHAPES, self.reshape),
+            **dict.fromkeys(RESHAPES, self.reshape),
             **dict.fromkeys(_BORN, self.birth),
             "linear": self.linear,
             "matmul": self.matmul,
@@ -276,6 +281,9 @@ class _Run:
             "index": self.index,
             "index_select": self.index_select,
             "repeat": self.repeat,
+            "expand": self.expand,
+            "expand_as": self.expand,
+            "broadcast_to": self.expand,
             "copy": self.copy,
             "glu": self.glu,
         }
@@ -310,13 +318,13 @@ class _Run:
             elif name in _VIEWS:
                 result = self.move(node)
             elif torch.Tag.pointwise in node.target.tags:
-                result = self.pointwise(node, [operand for operand in node.all_input_nodes])
+                result = self.pointwise(node, list(node.all_input_nodes))
             else:
                 result = self.unknown(node)
         self.freeze_weights(node, Cause(name, "it uses a weight of another operator as data"))
         if isinstance(result, Tensor):
             result = self.lazy(result)
-            assert tuple(result.shape) == shape_of(node), f"{node}: labels {tuple(result.shape)}, value {shape_of(node)}"
+            assert result.shape == shape_of(node), f"{node}: labels {tuple(result.shape)}, value {shape_of(node)}"
             if sum(size > 1 for size in _core(result).shape) > 1:
                 self.boxes.append(result)
         elif isinstance(result, (list, tuple)):
@@ -417,7 +425,7 @@ class _Run:
         channelwise = transposed and groups == cin and weight_shape[1] == 1
         entering = self.weight(given["weight"], in_dim, weight_shape[in_dim], "out" if channelwise else "in")
         if produced is None or entering is None:
-            return self.give_up(node, [x, self.value(given["weight"])], cause)
+            return self.give_up(node, cause)
         coupled = Cause(operator_of(node), "it reads or writes channels that are frozen")
         per_in, per_out = cin // groups, cout // groups
         if transposed:
@@ -454,7 +462,7 @@ class _Run:
         produced = self.weight(weight, out_dim, size[out_dim], "out")
         entering = self.weight(weight, 1 - out_dim, size[1 - out_dim], "in")
         if produced is None or entering is None:
-            return self.give_up(node, [labels, self.value(weight)], cause)
+            return self.give_up(node, cause)
         coupled = Cause(operator_of(node), "it reads or writes channels that are frozen")
         self.coupling.unite(consumed, entering, coupled)
         self.vector(bias, produced, "out", coupled)
@@ -466,7 +474,7 @@ class _Run:
         if isinstance(b, fx.Node) and b.op == "get_attr" and str(b.target) in self.weights:
             return self.project(node, a, b, None, out_dim=1, cause=cause)
         if min(len(shape_of(a)), len(shape_of(b))) < 2:
-            return self.give_up(node, [self.value(a), self.value(b)], cause)
+            return self.give_up(node, cause)
         return self.contract(self.value(a), self.value(b), cause)
 
     def contract(self, a: Tensor, b: Tensor, cause: Cause) -> Tensor:
@@ -513,7 +521,7 @@ class _Run:
         cause = Cause("scaled_dot_product_attention", "its queries, keys and values must agree")
         query, key, value = (self.value(given[name]) for name in ("query", "key", "value"))
         if given.get("enable_gqa"):
-            return self.give_up(node, [query, key, value], Cause(cause.operator, "grouped queries"))
+            return self.give_up(node, Cause(cause.operator, "its queries share keys in groups"))
         scores = self.contract(query, key.transpose(-1, -2), cause)
         if isinstance(given["attn_mask"], fx.Node):
             self.broadcast([scores, self.value(given["attn_mask"])], scores.shape, cause)
@@ -524,7 +532,7 @@ class _Run:
     def embedding(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         produced = self.weight(given["weight"], 1, shape_of(given["weight"])[1], "out")
         if produced is None:
-            return self.give_up(node, [self.value(given["weight"])], Cause("embedding", "its table is computed"))
+            return self.give_up(node, Cause("embedding", "its table is computed in the forward"))
         return produced.expand(shape_of(node))
 
     # -- normalisations
@@ -667,6 +675,20 @@ class _Run:
         kwargs = fx.node.map_arg(node.kwargs, self.value)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def expand(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
+        """What carries no channel may be spread over any number of them: the copies live as what they are joined to."""
+        x, shape = self.value(given["self"]), shape_of(node)
+        lead = len(shape) - x.ndim
+        spread = [dim for dim, size in enumerate(shape) if size > 1 and (dim < lead or x.shape[dim - lead] == 1)]
+        result: Tensor = x.expand(shape)
+        if len(spread) == 1 and spread[0] > 0 and not bool(self.labels.canon(_core(x)).any()):
+            line = self.fresh(node, "copies", shape[spread[0]])
+            result = line.view([-1 if dim == spread[0] else 1 for dim in range(len(shape))]).expand(shape)
+            other = given.get("other")
+            if isinstance(other, fx.Node):
+                self.broadcast([result, self.value(other)], shape, Cause(operator_of(node), "it takes another's shape"))
+        return result
+
     def reshape(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         x = self.value(next(iter(given.values())))
         return lazy_reshape(x, shape_of(node))
@@ -692,7 +714,8 @@ class _Run:
         varying = self.labels.varying(x)
         padded = {x.ndim - 1 - i // 2 for i, amount in enumerate(pads) if amount}
         along = [dim for dim in varying if dim in padded]
-        if any(amount < 0 for amount in pads) and along or (along and given.get("mode", "constant") != "constant"):
+        mirrors = given.get("mode", "constant") != "constant"
+        if along and (mirrors or any(amount < 0 for amount in pads)):
             self.coupling.freeze(_core(x), Cause(operator_of(node), "it mirrors or crops channels"))
             return self.frozen(shape)
         if not along:
@@ -767,14 +790,11 @@ class _Run:
 
     # -- what nobody knows
 
-    def give_up(self, node: fx.Node, operands: Iterable[Tensor], cause: Cause) -> Tensor:
-        for operand in operands:
-            self.coupling.freeze(_core(operand), cause)
-        self.freeze_weights(node, cause, everywhere=True)
-        return self.frozen(shape_of(node))
-
     def unknown(self, node: fx.Node) -> Any:
-        cause = Cause(operator_of(node), "no rule is known for it")
+        return self.give_up(node, Cause(operator_of(node), "no rule is known for it"))
+
+    def give_up(self, node: fx.Node, cause: Cause) -> Any:
+        """Freeze all that `node` reads, as anything, and what it returns."""
         for operand in node.all_input_nodes:
             for value in _tensors(self.value(operand)):
                 self.coupling.freeze(_core(value), cause)

@@ -236,7 +236,8 @@ def modules_for_training(root: nn.Module, graph: fx.Graph) -> None:
         elif name == "batch_norm":
             given = bound_arguments(node)
             tensors = [given[key] for key in ("weight", "bias", "running_mean", "running_var")]
-            owners = {str(t.target).rpartition(".")[0] for t in tensors if isinstance(t, fx.Node) and t.op == "get_attr"}
+            read = [t for t in tensors if isinstance(t, fx.Node) and t.op == "get_attr"]
+            owners = {str(t.target).rpartition(".")[0] for t in read}
             shared = any(isinstance(t, fx.Node) and (t.op != "get_attr" or len(t.users) > 1) for t in tensors)
             if len(owners) != 1 or shared or given["running_mean"] is None:
                 continue
@@ -255,7 +256,8 @@ def _batch_norm(source: nn.Module, given: dict[str, Any], rank: int) -> nn.Modul
     mean = source.running_mean
     assert isinstance(mean, Tensor)
     affine = given["weight"] is not None
-    norm = _BATCH_NORMS[rank](len(mean), eps=given["eps"], momentum=given["momentum"], affine=affine, device=mean.device)
+    options = {"eps": given["eps"], "momentum": given["momentum"], "affine": affine, "device": mean.device}
+    norm = _BATCH_NORMS[rank](len(mean), **options)
     norm.running_mean, norm.running_var = mean, source.running_var
     if affine:
         norm.weight, norm.bias = source.weight, source.bias  # type: ignore[assignment]

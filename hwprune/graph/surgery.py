@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hwprune.errors import InvalidInput
-from hwprune.graph.labels import _CONVS, bound_arguments, operator_of, shape_of
+from hwprune.graph.labels import _CONVS, MOVEMENT, RESHAPES, bound_arguments, operator_of, shape_of
 from hwprune.graph.resize import Resizer
 from hwprune.graph.trace import Program, get_tensor, inference_mode_of
 
@@ -43,13 +43,15 @@ def cut(model: nn.Module, program: Program, keep: Any) -> Cut:
     resizer = Resizer(program, keep)
     resized = resizer.run()
     _take_values(model, program, resized, resizer)
+    rescaling = _rescaling(program, resizer, resized)
     try:
         module = _shrink(model, program, resized)
     except Exception as error:  # a user's __deepcopy__ may do anything
         return Cut(_as_trained(resized, model), "program", f"The module cannot be copied: {error}.")
-    reason = _deviation(module, resized, program)
+    reason = _deviation(module, resized, program, rescaling)
     if reason:
         return Cut(_as_trained(resized, model), "program", reason)
+    _rescale(rescaling)
     return Cut(module, "module")
 
 
@@ -175,10 +177,11 @@ def _figures(dense: fx.Node, small: fx.Node) -> list[_Figure]:
         elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
             last = len(old) - 1
             found.append(_Figure(tuple(old), tuple(new), inner=True))
-            found += [_Figure(a, b, i == last or name.startswith("split")) for i, (a, b) in enumerate(zip(old, new))]
+            pairs = enumerate(zip(old, new, strict=True))
+            found += [_Figure(a, b, i == last or name.startswith("split")) for i, (a, b) in pairs]
             if name in ("pad", "constant_pad_nd"):
-                pairs = range(0, len(old), 2)
-                found += [_Figure(tuple(old[i : i + 2]), tuple(new[i : i + 2]), inner=True) for i in pairs]
+                sides = [slice(i, i + 2) for i in range(0, len(old), 2)]
+                found += [_Figure(tuple(old[side]), tuple(new[side]), inner=True) for side in sides]
     return [figure for figure in found if _is_size(figure.dense) and _is_size(figure.now)]
 
 
@@ -192,13 +195,60 @@ def _split_figures(dense: fx.Node, parts: list[int]) -> list[_Figure]:
     return [_Figure(before["split_size"], parts[0] if len(set(parts)) == 1 else parts, inner=True), whole]
 
 
+def _rescaling(program: Program, resizer: Resizer, resized: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of the queries, and what to multiply them by, where a forward derives 1/√d from the dims it has left.
+
+    The scale is to stay that of the dense head dim D; with d dims left, queries times √(d / D) make up for it.
+    """
+    found = []
+    for node in resizer.labels.pinned:
+        if operator_of(node) != "scaled_dot_product_attention":
+            continue
+        query = bound_arguments(node)["query"]
+        dense = shape_of(query)[-1]
+        factor = (resizer.kept(resizer.labels.values[query])[-1] / dense) ** 0.5
+        producer, rows = _producer(query)
+        if factor == 1.0 or producer is None:
+            continue
+        for name in ("weight", "bias"):
+            parameter = bound_arguments(producer).get(name)
+            if isinstance(parameter, fx.Node) and parameter.op == "get_attr":
+                factors = torch.ones(shape_of(parameter), dtype=torch.float64)
+                factors[rows.unique()] = factor
+                target = str(parameter.target)
+                found.append((get_tensor(resized, target), resizer.thin(target, factors)))
+    return found
+
+
+def _producer(node: fx.Node) -> tuple[fx.Node | None, Tensor]:
+    """The projection or norm whose output `node` rearranges, and the row of its weight behind every element."""
+    name = operator_of(node)
+    if name in ("linear", "layer_norm", "rms_norm"):
+        return node, torch.arange(shape_of(node)[-1]).expand(shape_of(node))
+    if name in MOVEMENT and isinstance(node.args[0], fx.Node):
+        producer, rows = _producer(node.args[0])
+        if producer is not None and name in RESHAPES:
+            return producer, rows.reshape(shape_of(node))
+        if producer is not None:
+            return producer, node.target(rows, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return None, torch.empty(0)
+
+
+@torch.no_grad()
+def _rescale(rescaling: list[tuple[Tensor, Tensor]]) -> None:
+    for parameter, factors in rescaling:
+        parameter *= factors.to(parameter)
+
+
 def _is_size(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_size, value))
     return isinstance(value, int) and value >= 0
 
 
-def _deviation(module: nn.Module, resized: fx.GraphModule, program: Program) -> str:
+def _deviation(
+    module: nn.Module, resized: fx.GraphModule, program: Program, rescaling: list[tuple[Tensor, Tensor]]
+) -> str:
     """Empty if both compute the same on the example inputs, else a sentence that names the place or the difference."""
     parameters = [parameter for parameter in resized.parameters() if parameter.is_floating_point()]
     given = [parameter.detach().clone() for parameter in parameters]
@@ -209,6 +259,7 @@ def _deviation(module: nn.Module, resized: fx.GraphModule, program: Program) -> 
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter += _JITTER * noise * (_spread(parameter) or 1.0)
             expected = [leaf for leaf in tree_leaves(resized(*program.example_inputs)) if isinstance(leaf, Tensor)]
+            _rescale(rescaling)
             try:
                 found = [leaf for leaf in tree_leaves(module(*program.example_inputs)) if isinstance(leaf, Tensor)]
             except Exception as error:  # whatever a forward raises on sizes that it did not expect

@@ -162,7 +162,7 @@ def _fold_constants(module: fx.GraphModule) -> set[str]:
         if node.op == "get_attr" and not node.meta["val"].is_floating_point():
             constant[node] = get_tensor(module, str(node.target))  # index tables: never trained, never masked
         foldable = node.op == "call_function" and all(operand in constant for operand in node.all_input_nodes)
-        if foldable and not torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if foldable and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             args = fx.node.map_arg(node.args, constant.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, constant.__getitem__)
             constant[node] = node.target(*args, **kwargs)
@@ -170,7 +170,9 @@ def _fold_constants(module: fx.GraphModule) -> set[str]:
         return set()  # written into during the forward: must be born anew each time
     names: set[str] = set()
     for node, value in constant.items():
-        if node.op == "call_function" and isinstance(value, Tensor) and any(user not in constant for user in node.users):
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        if any(user not in constant for user in node.users):
             name = f"constant_{len(names)}"
             set_tensor(module, name, value, persistent=False)
             with module.graph.inserting_before(node):
