@@ -214,11 +214,10 @@ class _Profiler:
     def run(self, progress: bool) -> None:
         if self.finished:
             return
-        begin = time.monotonic()
+        self.counted_to = time.monotonic()
         dense = resize(self.plan.program, np.ones(self.plan.program.groups.total, dtype=np.bool_))
         inputs = self.plan.program.example_inputs
         self.reference = Reference.start(build(self.target, dense), inputs, self.target)
-        self.setup_s = time.monotonic() - begin
         again: list[tuple[Ints, str]] = []
         with _Progress(progress, self.seconds) as bar:
             while not self.finished:
@@ -243,23 +242,30 @@ class _Profiler:
         candidates = [widths for widths in candidates if len(self.new_cells(widths)) <= allowed]
         if not candidates:
             return self.vectors[int(rng.integers(len(self.vectors)))], "fit"
-        return max(candidates, key=self.uncertainty), "fit"
+        return candidates[int(np.argmax(self.ignorance(np.stack(candidates))))], "fit"
 
-    def uncertainty(self, widths: Ints) -> float:
-        """How much measuring `widths` would teach: relative doubt of the prediction, or new cells while there is none."""
+    def ignorance(self, candidates: Ints) -> Floats:
+        """What measuring each of `candidates` [N, G] would teach: the doubt of its prediction in µs, relative. [N]
+
+        While there are no surfaces yet, the number of cells that were not seen.
+        """
         fits = len(self.vectors)
         if not self.clocked or fits < FIRST_FIT:
-            return float(len(self.new_cells(widths)))
+            return np.array([len(self.new_cells(widths)) for widths in candidates], dtype=np.float64)
         if fits >= self.refit_at:
             self.surfaces, self.refit_at = fit_surfaces(self.plan, self.table), fits + REFIT_EVERY
-        known = [
-            (self.surfaces[segment.signature], np.array([sizes], dtype=np.float64))
-            for segment, sizes in zip(self.plan.segments, self.plan.sizes(widths), strict=True)
-            if segment.signature in self.surfaces
-        ]
-        costs = np.array([surface(sizes)[0] for surface, sizes in known])
-        spreads = np.array([surface.spread(sizes)[0] for surface, sizes in known])
-        return float((costs * spreads).sum() / costs.sum())
+        sizes: dict[str, list[Floats]] = defaultdict(list)
+        for segment in self.plan.segments:
+            if segment.signature in self.surfaces:
+                elements = [axis.elements(candidates) for axis in segment.axes]
+                sizes[segment.signature].append(np.stack(elements, 1) if elements else np.zeros((len(candidates), 0)))
+        cost, doubt = np.zeros(len(candidates)), np.zeros(len(candidates))
+        for signature, parts in sizes.items():
+            points = np.concatenate(parts).astype(np.float64)
+            times = self.surfaces[signature](points)
+            cost += times.reshape(len(parts), -1).sum(0)
+            doubt += (times * self.surfaces[signature].spread(points)).reshape(len(parts), -1).sum(0)
+        return doubt / cost
 
     def repeat(self, again: list[tuple[Ints, str]]) -> None:
         """Measure once more what was measured in a slow spell."""
@@ -269,7 +275,6 @@ class _Profiler:
             self.sample(widths, role, None)
 
     def sample(self, widths: Ints, role: str, again: list[tuple[Ints, str]] | None) -> None:
-        begin = time.monotonic()
         graph_module = resize(self.plan.program, keep_first(self.plan.program.groups, widths))
         with alone(), settings(self.target), watch() as usage:
             if role == "fit" and self.clocked:
@@ -278,7 +283,8 @@ class _Profiler:
                 totals, reference_us = self.whole_blocks(graph_module)
                 times = None
         drift = reference_us / (self.reference.quiet_ms * 1e3)
-        took_s = time.monotonic() - begin
+        now = time.monotonic()
+        took_s, self.counted_to = now - self.counted_to, now
         forward = len(self.vectors) + self.calibrations
         common = {
             "program": self.plan.key,
