@@ -280,6 +280,66 @@ class Permuted(nn.Module):
         return self.leave(x[:, self.order])
 
 
+class Attention(nn.Module):
+    """Multi-head attention over pixels, its projections apart, with or without normalised queries."""
+
+    def __init__(self, fused: bool, norm: bool = False) -> None:
+        super().__init__()
+        self.fused, self.num_heads, self.head_dim = fused, 5, 6
+        self.query, self.key, self.value = (nn.Linear(12, 30) for _ in range(3))
+        self.q_norm = nn.LayerNorm(6) if norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(6) if norm else nn.Identity()
+        self.proj = nn.Linear(30, 12)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = (
+            self.q_norm(self.heads(self.query(x))),
+            self.k_norm(self.heads(self.key(x))),
+            self.heads(self.value(x)),
+        )
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.transpose(-1, -2) / 6**0.5).softmax(-1) @ v
+        y = x + self.proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).reshape(shape)
+
+
+class ChannelAttention(nn.Module):
+    """Attention between the channels of a head (XCiT): queries and keys of unit length, a temperature per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.proj = nn.Linear(12, 72), nn.Linear(24, 12)
+        self.temperature = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens).reshape(n, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
+        q, k, v = F.normalize(qkv[0], dim=-1), F.normalize(qkv[1], dim=-1), qkv[2]
+        y = ((q @ k.transpose(-1, -2)) * self.temperature).softmax(-1) @ v
+        y = self.proj(y.permute(0, 3, 1, 2).flatten(2))
+        return x + y.transpose(1, 2).reshape(n, -1, h, w)
+
+
+class UnitLength(nn.Module):
+    """Channels divided by their length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leave = conv_bn(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(F.normalize(x, dim=1))
+
+
 BLOCKS = {
     "c2f by chunk": (lambda: C2f(sizes=False), "program"),
     "c2f by sizes": (lambda: C2f(sizes=True), "program"),
@@ -303,6 +363,8 @@ BLOCKS = {
     "partial convolution": (Sliced, "module"),
     "mean over channels": (Spread, "program"),
     "indexed channels": (Permuted, "program"),
+    "unit length": (UnitLength, "module"),
+    "channel attention": (ChannelAttention, "module"),
 }
 
 
@@ -313,3 +375,28 @@ def test_block(name):
     assert {frozen.operator for frozen in program.groups.frozen} == {"output"}
     assert result.kind == kind, result.reason
     assert bool(result.reason) == (kind == "program")
+
+
+def test_tied_embedding():
+    program, result = law(TiedEmbedding(), (torch.randint(0, 11, (2, 7)),))
+    assert result.kind == "module", result.reason
+    assert result.module.logits.weight is result.module.table.weight
+    assert list(program.groups.widths) == [16]  # the layer's output is read by the table that feeds the layer
+
+
+ATTENTIONS = {"fused": (True, False), "by hand": (False, False), "normalised queries": (True, True)}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_whole_heads(name):
+    program, result = law(Head(Attention(*ATTENTIONS[name])), (torch.randn(2, 3, 4, 4),), "heads")
+    assert 5 in program.groups.widths and 6 not in program.groups.widths
+    assert result.kind == "module", result.reason
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_dims_of_heads(name):
+    program, result = law(Head(Attention(*ATTENTIONS[name])), (torch.randn(2, 3, 4, 4),), "dims")
+    assert list(program.groups.widths).count(6) == 2  # queries with keys, and values
+    assert 5 not in program.groups.widths
+    assert result.kind == "program"  # one head_dim for queries and values alike: the forward cannot follow two

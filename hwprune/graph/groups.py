@@ -170,7 +170,7 @@ def find_groups(labels: Labels, constants: frozenset[str] = frozenset()) -> Grou
             parameter, dim, role, _ = slots[index]
             positions = position[here][order].reshape(len(members), -1)
             group_slots.append(Slot(parameter, dim, positions, role, role == "out" and parameter in folded))
-        lead = next(slot for slot in group_slots if slot.role in ("out", "data"))
+        lead = min(group_slots, key=lambda slot: ("out", "data", "norm", "in").index(slot.role))
         name = lead.parameter.rpartition(".")[0] or lead.parameter
         names[name] = names.get(name, 0) + 1
         name = name if names[name] == 1 else f"{name}#{names[name]}"

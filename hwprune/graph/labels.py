@@ -547,14 +547,20 @@ class _Run:
     def layer_norm(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         x, rank = self.value(given["input"]), len(given["normalized_shape"])
         cause = Cause(operator_of(node), "it normalises over the last dims")
-        if any(dim >= x.ndim - rank for dim in self.labels.varying(x)):
-            self.labels.normalised.append((_core(x), operator_of(node)))
+        inner = [dim for dim in self.labels.varying(x) if dim >= x.ndim - rank]
+        outer = [dim for dim in self.labels.varying(x) if dim < x.ndim - rank]
+        if inner and len(outer) == 1 and x.ndim > 3 and self.labels.attention == "heads":
+            x = self.unite_along(x, inner, cause)  # queries or keys of every head, which stay whole
+            inner = []
+        if not inner:
+            return x
+        self.labels.normalised.append((_core(x), operator_of(node)))
         for name in ("weight", "bias"):
-            if rank == 1:
-                if isinstance(given.get(name), fx.Node):
+            if isinstance(given.get(name), fx.Node):
+                if rank == 1:
                     self.vector(given[name], self.unite_line(x, -1, cause), "norm", cause)
-            elif isinstance(given.get(name), fx.Node):
-                self.coupling.freeze(_core(x), cause)
+                else:
+                    self.coupling.freeze(_core(x), cause)
         return x
 
     def group_norm(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
