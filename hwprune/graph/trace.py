@@ -18,6 +18,7 @@ from hwprune.graph.labels import Labels, propagate
 
 Attention = Literal["heads", "dims"]
 
+_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default"}
 _STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
@@ -113,17 +114,22 @@ def _flatten(exported: torch.export.ExportedProgram) -> tuple[fx.GraphModule, fr
     root = nn.Module()
     constants: set[str] = set()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    read = [spec.target for spec in exported.graph_signature.input_specs if spec.target in exported.state_dict]
+    names = {_memory(exported.state_dict[name]): name for name in read}
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.kind not in _STATE:
             continue
         assert spec.target is not None
-        in_state = spec.target in exported.state_dict
-        tensor = exported.state_dict[spec.target] if in_state else exported.constants[spec.target]
-        if spec.kind is InputKind.CONSTANT_TENSOR:
-            constants.add(spec.target)
-        set_tensor(root, spec.target, tensor, persistent=in_state)
+        target = spec.target
+        if spec.kind is InputKind.CONSTANT_TENSOR:  # a parameter held in a plain list comes as a constant
+            target = names.get(_memory(exported.constants[target]), target)
+        in_state = target in exported.state_dict
+        tensor = exported.state_dict[target] if in_state else exported.constants[target]
+        if not in_state and spec.kind is InputKind.CONSTANT_TENSOR:
+            constants.add(target)
+        set_tensor(root, target, tensor, persistent=in_state)
         with graph.inserting_before(node):
-            attribute = graph.create_node("get_attr", spec.target, name=node.name)
+            attribute = graph.create_node("get_attr", target, name=node.name)
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)
@@ -138,7 +144,8 @@ def _flatten(exported: torch.export.ExportedProgram) -> tuple[fx.GraphModule, fr
     return module, frozenset(constants)
 
 
-_NO_EFFECT = {"aten._assert_tensor_metadata.default", "aten.sym_constrain_range_for_size.default"}
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _unwrap_output(graph: fx.Graph, exported: torch.export.ExportedProgram) -> None:
