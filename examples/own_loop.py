@@ -1,6 +1,6 @@
 """Pruning inside a training loop of your own: hwprune gives step hooks, the loop stays yours.
 
-    python examples/own_loop.py --budget 50% --epochs 5 --out runs/own_loop
+python examples/own_loop.py --budget 50% --epochs 5 --out runs/own_loop
 """
 
 import argparse

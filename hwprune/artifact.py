@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class Spec:
 
     model: str
     kind: str  # "module": the user's own class, smaller; "program": the resized graph
-    attention: str
+    attention: Literal["heads", "dims"]
     inputs: tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype name) of every example input
     groups: tuple[tuple[str, int, tuple[int, ...]], ...]  # (name, dense width, channels kept)
     target: Mapping[str, Any]
@@ -88,7 +88,7 @@ def save(
     keep: NDArray[np.bool_],  # [ΣC]
     kind: str,
     model: str,
-    attention: str = "heads",
+    attention: Literal["heads", "dims"] = "heads",
     target: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     result: Mapping[str, Any] | None = None,
@@ -121,7 +121,7 @@ def save(
         "target": dict(target or {}),
         "provenance": {**versions(), **(provenance or {})},
         "result": dict(result or {}),
-        "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
+        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +234,10 @@ def _export(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:
     return buffer.getvalue()
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _read(folder: Path) -> tuple[Spec, Mapping[str, Any]]:
     path = folder / SPEC
     if not folder.is_dir():
@@ -256,7 +260,7 @@ def _read(folder: Path) -> tuple[Spec, Mapping[str, Any]]:
         spec = Spec(
             model=str(raw["model"]),
             kind=str(raw["kind"]),
-            attention=str(raw["attention"]),
+            attention="dims" if raw["attention"] == "dims" else "heads",
             inputs=inputs,
             groups=groups,
             target=raw["target"],
@@ -265,7 +269,8 @@ def _read(folder: Path) -> tuple[Spec, Mapping[str, Any]]:
         )
         return spec, raw["files"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifact(f"{path} cannot be read ({type(error).__name__}: {error}); save the model again") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptArtifact(f"{path} cannot be read ({reason}); save the model again") from error
 
 
 def _checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
@@ -274,7 +279,7 @@ def _checked(folder: Path, name: str, files: Mapping[str, Any]) -> bytes:
         data = (folder / name).read_bytes()
     except OSError as error:
         raise CorruptArtifact(f"{folder / name} cannot be read: {error.strerror}") from error
-    if files.get(name, {}).get("sha256") != hashlib.sha256(data).hexdigest():
+    if files.get(name, {}).get("sha256") != _sha256(data):
         raise CorruptArtifact(f"{folder / name} is not the file that {SPEC} describes (SHA-256 differs)")
     return data
 

@@ -1,7 +1,8 @@
 """The command line: ``hwprune doctor | check | profile | prune | measure | export | tables | methods``.
 
 Every command prints a table for people, or with ``--json`` one JSON document on stdout. Errors are one sentence on
-stderr. Exit status: 0 done, 1 the check failed, 2 wrong input, 3 the finished network missed its budget, 130 interrupted.
+stderr. Exit status: 0 done, 1 the check failed, 2 wrong input, 3 the finished network missed its budget,
+130 interrupted.
 """
 
 import json
@@ -12,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from hwprune import __version__, artifact, ops, pipeline
 from hwprune.data import load_data
@@ -35,23 +36,29 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelSpec = Annotated[
-    str, typer.Argument(metavar="MODEL", help="resnet20, vgg16_bn, torchvision:NAME, timm:NAME or package.module:function")
-]
-Weights = Annotated[Path | None, typer.Option(help="Weights: a safetensors file, or one that torch.load(weights_only) reads.")]
+_MODELS = "resnet20, vgg16_bn, torchvision:NAME, timm:NAME or package.module:function"
+
+ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help=_MODELS)]
+Weights = Annotated[Path | None, typer.Option(help="A safetensors file, or one that torch.load(weights_only) reads.")]
 Classes = Annotated[int, typer.Option(help="Number of logits.")]
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", metavar="SHAPE", help="Input shape, such as 1,3,224,224; once per input.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Table = Annotated[Path | None, typer.Option(help="Latency table to use and extend (JSON Lines).")]
+ProfileSeconds = Annotated[
+    float | None, typer.Option("--profile-seconds", help="Measure for about so long where the table holds too little.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Use a table that was measured on another machine.")]
 Device = Annotated[str, typer.Option(help="Device whose latency counts: cpu, cuda, cuda:1.")]
 Runtime = Annotated[str, typer.Option(help="What runs the network: eager, compile, onnxruntime or cudagraph.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 MemoryFormat = Annotated[str, typer.Option(help="contiguous or channels_last.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of the deployed network.", min=1)]
-Attention = Annotated[str, typer.Option(help="What is pruned of an attention: whole heads, or the dims of every head.")]
+Attention = Annotated[
+    Literal["heads", "dims"],
+    typer.Option(help="What is pruned of an attention: whole heads, or the dims of every head."),
+]
 
 
 def _command(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -83,10 +90,8 @@ def _interrupted(interrupt: KeyboardInterrupt) -> int:
     if arguments[:1] == ["prune"]:
         arguments.append("--resume")
     where = f" during {phase}" if phase else ""
-    print(
-        f"\ninterrupted{where}: what was measured and trained is kept; continue with: {shlex.join(['hwprune', *arguments])}",
-        file=sys.stderr,
-    )
+    again = shlex.join(["hwprune", *arguments])
+    print(f"\ninterrupted{where}: what was measured and trained is kept; continue with: {again}", file=sys.stderr)
     return 130
 
 
@@ -170,7 +175,7 @@ def profile(
     weights: Weights = None,
     classes: Classes = 10,
     table: Table = None,
-    seconds: Annotated[float | None, typer.Option(help="Stop measuring after about so long.")] = None,
+    profile_seconds: ProfileSeconds = None,
     force: Force = False,
     device: Device = "cpu",
     runtime: Runtime = "eager",
@@ -185,7 +190,7 @@ def profile(
     network = load_model(model, classes=classes, in_channels=_channels(shapes), weights=weights)
     path = table or Path(f"{model.replace(':', '_').replace('/', '_')}.table.jsonl")
     cost = pipeline.profile(
-        network, _example(shapes), target=target, table=path, force=force, seconds=seconds, progress=not as_json
+        network, _example(shapes), target=target, table=path, force=force, seconds=profile_seconds, progress=not as_json
     )
     facts = {
         "model": model,
@@ -205,7 +210,7 @@ def profile(
 
 @_command
 def prune(
-    model: Annotated[str, typer.Option(help="resnet20, vgg16_bn, torchvision:NAME, timm:NAME or package.module:function")],
+    model: Annotated[str, typer.Option(help=_MODELS)],
     data: Annotated[
         str, typer.Option(help="digits, cifar10:PATH, fashion-mnist:PATH, folder:PATH or package.module:function")
     ],
@@ -228,10 +233,11 @@ def prune(
     memory_format: MemoryFormat = "contiguous",
     threads: Threads = 1,
     attention: Attention = "heads",
-    out: Annotated[Path, typer.Option(help="Folder of the artifact, report.html, result.json and the run's state.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the artifact, the report and the run's state.")] = Path(
         "runs/prune"
     ),
     table: Table = None,
+    profile_seconds: ProfileSeconds = None,
     force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too.")] = False,
@@ -263,6 +269,7 @@ def prune(
             dense_epochs=dense_epochs,
             out=out,
             table=table,
+            profile_seconds=profile_seconds,
             force=force,
             resume=resume,
             seed=seed,
@@ -339,7 +346,9 @@ def export(
 
 @_command
 def tables(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Table files; by default those that hwprune ships.")] = None,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Table files; by default those shipped with hwprune.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Latency tables: what they were measured on, how much they hold, and whether they are of this machine."""
@@ -349,7 +358,8 @@ def tables(
         _print_json(rows)
     elif rows:
         columns = ("path", "target", "measurements", "this machine")
-        _print_table("Latency tables", columns, [tuple(_show(row[c.replace(" ", "_")]) for c in columns) for row in rows])
+        cells = [tuple(_show(row[column.replace(" ", "_")]) for column in columns) for row in rows]
+        _print_table("Latency tables", columns, cells)
     else:
         print("hwprune ships no tables; `hwprune profile MODEL` measures one on this machine.")
 
@@ -420,8 +430,13 @@ def _describe_table(path: Path) -> dict[str, Any]:
 
 def _print_result(result: Mapping[str, Any]) -> None:
     """The one table that a run ends in."""
-    percent = lambda value: "" if value is None else f"{value:.2%}"  # noqa: E731
-    ms = lambda value: "" if value is None else f"{value:.4g} ms"  # noqa: E731
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.2%}"
+
+    def ms(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g} ms"
+
     rows = [
         ("accuracy", percent(result["dense_accuracy"]), percent(result["accuracy"])),
         ("latency, predicted", ms(result["predicted_dense_ms"]), ms(result["predicted_ms"])),
@@ -430,7 +445,8 @@ def _print_result(result: Mapping[str, Any]) -> None:
         ("parameters", f"{result['dense_parameters']:,}", f"{result['parameters']:,}"),
         ("FLOPs", f"{result['dense_flops']:,.0f}", f"{result['flops']:,.0f}"),
     ]
-    title = f"{result['model']} by {result['method']} on {result['target']['description']}, {result['wall_s']['total']:.0f} s"
+    wall_s, target = result["wall_s"]["total"], result["target"]["description"]
+    title = f"{result['model']} by {result['method']} on {target}, {wall_s:.0f} s"
     _print_table(title, ("", "dense", "pruned"), rows)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from hwprune.allocator import allocate, values_from_ranking
 from hwprune.budget import Budget, BudgetController
 from hwprune.errors import CorruptArtifact, InfeasibleBudget, InvalidInput
 from hwprune.graph import Program, cut, keep_first, keep_top, resize, trace
-from hwprune.latency import CostModel, LatencyTable, Sample, Target, build, fingerprint, flops_model
+from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, build, fingerprint, flops_model
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
 from hwprune.nn import mask_
@@ -39,6 +39,7 @@ LEAST_USE = 0.93  # of the budget; a network that measures less is grown again
 MOST_USE = 0.985  # of the budget while allocating, so that noise in the last measurement does not break it
 AIM = 0.965  # where the next allocation aims, in the middle of the two
 
+Attention = Literal["heads", "dims"]
 Say = Callable[[str], None]
 
 
@@ -111,11 +112,12 @@ def prune(
     dense_epochs: int = 0,
     out: str | Path | None = None,
     table: str | Path | None = None,
+    profile_seconds: float | None = None,
     force: bool = False,
     resume: bool = False,
     seed: int = 0,
     name: str | None = None,
-    attention: str = "heads",
+    attention: Attention = "heads",
     provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
     say: Say | None = None,
@@ -128,9 +130,9 @@ def prune(
     ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide`` is the
     cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget.
 
-    With ``out``, the folder keeps the artifact, ``report.html``, ``result.json`` and the state that ``resume`` continues
-    from. ``table`` is the latency table to use and extend (by default the one in ``out``); ``provenance`` is kept with
-    the settings.
+    With ``out``, the folder keeps the artifact, ``report.html``, ``result.json`` and the state from which ``resume``
+    continues. ``table`` is the latency table to use and extend (by default the one in ``out``), in about
+    ``profile_seconds`` where it does not hold enough yet; ``provenance`` is kept with the settings.
 
     Raises InvalidInput or InfeasibleBudget before any training when the budget cannot be met, UnsupportedModel when
     the model cannot be traced, TrainingDiverged, and BudgetMissed when the finished network measured above the budget.
@@ -145,6 +147,7 @@ def prune(
         guide=guide,
         out=out,
         table=table,
+        profile_seconds=profile_seconds,
         force=force,
         resume=resume,
         name=name,
@@ -194,10 +197,11 @@ class Pruning:
         guide: str = "ms",
         out: str | Path | None = None,
         table: str | Path | None = None,
+        profile_seconds: float | None = None,
         force: bool = False,
         resume: bool = False,
         name: str | None = None,
-        attention: str = "heads",
+        attention: Attention = "heads",
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
         say: Say | None = None,
@@ -219,13 +223,13 @@ class Pruning:
         with self.run.phase("trace"):
             self.program = trace(self.model, inputs, attention=attention, name=self.name)
         with self.run.phase("profile"):
-            self.latency = self._profile(table, force)
+            self.latency = self._profile(table, force, profile_seconds)
         self.flops = flops_model(self.program)
         self.cost = self.flops if "flops" in (self.budget.unit, guide) else self.latency
         with self.run.phase("frontier"):
             self.goal = self._goal()
         self.dense: nn.Module | None = None
-        self.method: type[Method] = Method
+        self.method: type[Method] | None = None
         self.found: SearchResult | None = None
 
     @contextmanager
@@ -341,16 +345,16 @@ class Pruning:
             search=self.run.done.get("search", {}).get("log", []),
             training=self.run.history(),
             rounds=self.plan.rounds,
-            notes=[f"{f.parameter} dim {f.dim} stays whole: {f.operator}, {f.reason}" for f in self.program.groups.frozen],
+            notes=[f"{f.parameter} dim {f.dim} stays whole: {f.reason}" for f in self.program.groups.frozen],
         )
         report.write(self.folder / "report.html", page)
         artifact.write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
         self.run.finish("finish")
 
-    def _profile(self, table: str | Path | None, force: bool) -> CostModel:
+    def _profile(self, table: str | Path | None, force: bool, seconds: float | None) -> CostModel:
         path = Path(table) if table is not None else self.folder and self.folder / "table.jsonl"
         opened = LatencyTable.open(path, self.target, force=force)  # without a path, in memory
-        return profile_program(self.program, self.target, opened, progress=self.progress)
+        return profile_program(self.program, self.target, opened, seconds=seconds, progress=self.progress)
 
     def _goal(self) -> Goal:
         """Measure dense and floor, print what budgets buy, and refuse what cannot be met."""
@@ -382,17 +386,17 @@ class Pruning:
                 )
             return goal
         self.budget.resolve(goal.dense_ms)
+        if goal.floor_ms > LAUNCH_BOUND * goal.dense_ms:
+            raise InfeasibleBudget(
+                "the model is bound by launches, not by its widths: with every group at its least width it still takes "
+                f"{goal.floor_ms:.4g} of its {goal.dense_ms:.4g} ms; prune it for a larger batch or input, or for a "
+                "runtime with less overhead"
+            )
         if limit < goal.floor_ms:
             raise InfeasibleBudget(
                 f"budget {self.budget} ({limit:.4g} ms) is below the floor: with every group at its least width the "
                 f"model still takes {goal.floor_ms:.4g} of its {goal.dense_ms:.4g} ms; give at least "
-                f"{100 * goal.floor_ms / goal.dense_ms:.0f}%"
-            )
-        if goal.floor_ms > LAUNCH_BOUND * goal.dense_ms:
-            raise InfeasibleBudget(
-                f"the model is bound by launches, not by its widths: with every group at its least width it still takes "
-                f"{goal.floor_ms:.4g} of its {goal.dense_ms:.4g} ms; prune it for a larger batch or input, or for a "
-                "runtime with less overhead"
+                f"{math.ceil(100 * goal.floor_ms / goal.dense_ms)}%"
             )
         return goal
 
@@ -418,52 +422,48 @@ class Pruning:
 
     def _fit_budget(self, rounds: int) -> Plan:
         """Allocate, cut and measure until the measured median lies in (93 %, 98.5 %] of the budget."""
-        assert self.found is not None
+        assert self.found is not None and self.method is not None
         groups, cost = self.program.groups, self.cost
         learned, ranking = self.found.widths, self.found.ranking
-        allowance = self._cost_limit()
-        fits, breaks = 0.0, math.inf  # largest allowance that fitted, smallest that did not
+        allowance = _Allowance(self._cost_limit(), float(cost.floor), float(cost.dense))
         tried: list[tuple[float, Plan]] = []  # (measured / limit, plan)
         seen: set[bytes] = set()
         for _ in range(rounds):
-            widths = self.method.allocate(groups, cost, learned, ranking, allowance).widths
+            widths = self.method.allocate(groups, cost, learned, ranking, allowance.now).widths
             if widths.tobytes() in seen:
                 break  # no level lies between the allowances that are left
             seen.add(widths.tobytes())
             smaller = resize(self.program, keep_top(groups, widths, ranking.numpy()))
             dense, pruned = self._race([self.program.module, smaller])
             limit = self.goal.limit_ms(dense.median_ms)
-            used = pruned.median_ms / limit if limit is not None else 1.0
+            used = pruned.median_ms / limit if limit is not None else AIM
             predicted = float(self.latency.predict(widths))
             row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "dense_ms": dense.median_ms}
             if limit is not None:
                 row["budget_ms"] = limit
-                self.say(f"allocated: predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms, {used:.1%} of budget")
+                told = f"predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms"
+                self.say(f"allocated: {told}, {used:.1%} of the budget")
             history = (*(tried[-1][1].rounds if tried else ()), row)
             tried.append((used, Plan(widths, predicted, pruned.median_ms, dense.median_ms, limit, history)))
-            if limit is None or LEAST_USE < used <= MOST_USE:
+            if not allowance.correct(used):
                 break
-            if used > MOST_USE:
-                breaks = min(breaks, allowance)
-            elif np.array_equal(widths, groups.widths):
-                break  # nothing is left to grow
-            else:
-                fits = max(fits, allowance)
-            proposal = allowance * AIM / used
-            if not fits < proposal < breaks:
-                proposal = (fits + breaks) / 2 if math.isfinite(breaks) else allowance
-            allowance = min(max(proposal, float(cost.floor)), float(cost.dense))
         feasible = [(used, plan) for used, plan in tried if plan.met]
         sound = [pair for pair in feasible if pair[0] <= MOST_USE] or feasible
         best = max(sound, key=lambda pair: pair[0]) if sound else min(tried, key=lambda pair: pair[0])
         return replace(best[1], rounds=tried[-1][1].rounds)
 
     def _race(self, modules: Sequence[nn.Module], rounds: int = 8) -> list[Sample]:
-        """Measure modules in turns, so that a drifting machine treats them alike."""
-        deployed = [build(self.target, module) for module in modules]
-        inputs = self.program.example_inputs
-        turns = [  # short, so that the machine is the same for all
-            [measure_callable(run, inputs, self.target, seconds=0.1, min_blocks=3) for run in deployed]
+        """Measure modules in turns against the first, so that a drifting machine treats them alike.
+
+        Turns are short; every block of runs is divided by the drift of the first module's blocks around it.
+        """
+        deployed, inputs = [build(self.target, module) for module in modules], self.program.example_inputs
+        reference = Reference.start(deployed[0], inputs, self.target)
+        turns = [
+            [
+                measure_callable(run, inputs, self.target, seconds=0.1, min_blocks=3, reference=reference)
+                for run in deployed
+            ]
             for _ in range(rounds)
         ]
         return [_pool(samples) for samples in zip(*turns, strict=True)]
@@ -492,6 +492,33 @@ class Pruning:
         state = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         state |= {"widths": found.widths, "ranking": found.ranking}
         self.run.finish("search", state, log=_thin(log))
+
+
+class _Allowance:
+    """How much an allocation may cost, corrected by what the last one measured.
+
+    The prediction is never exact, so the allowance is scaled by how far the measurement missed, and bisected once it is
+    known between which allowances the answer lies.
+    """
+
+    def __init__(self, start: float, floor: float, dense: float) -> None:
+        self.now, self._floor, self._dense = start, floor, dense
+        self._fits, self._breaks = 0.0, math.inf  # largest allowance that measured below, smallest that measured above
+
+    def correct(self, used: float) -> bool:
+        """Take measured / budget of the present allowance; False where it is good, or cannot be better."""
+        if LEAST_USE < used <= MOST_USE:
+            return False
+        if used > MOST_USE:
+            self._breaks = min(self._breaks, self.now)
+        else:
+            self._fits = max(self._fits, self.now)
+        proposal = self.now * AIM / used
+        if not self._fits < proposal < self._breaks:
+            proposal = (self._fits + self._breaks) / 2
+        proposal = min(max(proposal, self._floor), self._dense)
+        before, self.now = self.now, proposal
+        return proposal != before
 
 
 class _Trainer:
@@ -737,7 +764,7 @@ def check(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Tensor],
     *,
-    attention: str = "heads",
+    attention: Attention = "heads",
     draws: int = 3,
     seed: int = 0,
     tolerance: float = 1e-4,

@@ -74,19 +74,19 @@ def explain(
     what depends on no group belongs to none. The shares therefore sum to at most the whole.
     """
     full = groups.widths.astype(np.int64)
-    dense_ms, ms = np.zeros(len(groups)), np.zeros(len(groups))
+    dense_ms, ms = np.zeros(len(groups)), np.zeros(len(groups))  # [G]
     heaviest: list[tuple[float, Staircase]] = []
     for term in cost.terms:
         axes = [cost.axes[a] for a in term.axes]
         if not axes:
             continue
         at = {}
-        for chosen, shares in ((full, dense_ms), (widths, ms)):
+        for chosen, share_ms in ((full, dense_ms), (widths, ms)):
             sizes = [float(axis.offset + np.dot(axis.weights, chosen[axis.groups])) for axis in axes]
             value = cost.scale * _interpolate(term.table, [axis.knots for axis in axes], sizes)
             for axis in axes:
                 parts = np.asarray(axis.weights * chosen[axis.groups], dtype=np.float64)
-                np.add.at(shares, axis.groups, value / len(axes) * parts / max(parts.sum(), 1.0))
+                np.add.at(share_ms, axis.groups, value / len(axes) * parts / max(parts.sum(), 1.0))
             at[id(chosen)] = (sizes, value)
         heaviest.append((at[id(full)][1], _staircase(term, axes, at[id(widths)][0], at[id(full)][0], cost, groups)))
     shares = [
@@ -162,19 +162,24 @@ def _header(title: str, result: Row) -> str:
         tiles.append(("measured latency", _ms(measured_ms), f"{dense_ms / measured_ms:.2f}× faster than dense"))
     if result.get("budget_ms") and measured_ms:
         used = measured_ms / result["budget_ms"]
-        tiles.append(("budget", _ms(result["budget_ms"]), f"{used:.1%} used" if used <= 1 else f"missed by {used - 1:.1%}"))
+        note = f"{used:.1%} used" if used <= 1 else f"missed by {used - 1:.1%}"
+        tiles.append(("budget", _ms(result["budget_ms"]), note))
     if result.get("accuracy") is not None:
         change = result["accuracy"] - result["dense_accuracy"] if result.get("dense_accuracy") is not None else None
         note = "" if change is None else f"{100 * change:+.2f} points against dense"
         tiles.append(("accuracy", f"{result['accuracy']:.2%}", note))
     if result.get("parameters") and result.get("dense_parameters"):
-        tiles.append(("parameters", _count(result["parameters"]), f"{result['parameters'] / result['dense_parameters']:.1%} of dense"))
+        left = result["parameters"] / result["dense_parameters"]
+        tiles.append(("parameters", _count(result["parameters"]), f"{left:.1%} of dense"))
     cells = "".join(
         f'<div class="tile"><div class="what">{_text(what)}</div><div class="number">{_text(number)}</div>'
         f'<div class="note">{_text(note)}</div></div>'
         for what, number, note in tiles
     )
-    return f'<header><h1>{_text(title)}</h1><p class="sub">{_text(_describe(result.get("target")))}</p></header><section class="tiles">{cells}</section>'
+    return (
+        f'<header><h1>{_text(title)}</h1><p class="sub">{_text(_describe(result.get("target")))}</p></header>'
+        f'<section class="tiles">{cells}</section>'
+    )
 
 
 def _table(result: Row) -> str:
@@ -182,15 +187,15 @@ def _table(result: Row) -> str:
         return "" if not dense or pruned is None else f"{pruned / dense - 1:+.1%}"
 
     rows = []
-    for label, dense, pruned, show in (
+    for label, before, after, show in (
         ("measured latency, median", "dense_ms", "measured_ms", _ms),
         ("predicted latency", "predicted_dense_ms", "predicted_ms", _ms),
         ("parameters", "dense_parameters", "parameters", lambda n: f"{n:,}"),
         ("multiply-adds", "dense_macs", "macs", lambda n: f"{int(n):,}"),
     ):
-        if result.get(pruned) is not None:
-            before = show(result[dense]) if result.get(dense) is not None else ""
-            rows.append((label, before, show(result[pruned]), change(result.get(dense), result[pruned])))
+        if result.get(after) is not None:
+            shown = show(result[before]) if result.get(before) is not None else ""
+            rows.append((label, shown, show(result[after]), change(result.get(before), result[after])))
     if result.get("accuracy") is not None:
         dense = result.get("dense_accuracy")
         points = "" if dense is None else f"{100 * (result['accuracy'] - dense):+.2f} points"
@@ -213,7 +218,7 @@ def _latency(result: Row, rounds: Sequence[Row]) -> str:
         (label, result[key], css, result.get(low), result.get(high))
         for label, key, css, low, high in (
             ("dense, measured", "dense_ms", "faint", "dense_p20_ms", "dense_p80_ms"),
-            ("pruned, predicted", "predicted_ms", "second", None, None),
+            ("pruned, predicted", "predicted_ms", "second", "", ""),
             ("pruned, measured", "measured_ms", "first", "measured_p20_ms", "measured_p80_ms"),
         )
         if result.get(key)
@@ -263,27 +268,27 @@ def _groups(groups: Sequence[GroupShare], most: int = 48) -> str:
         f'<text x="{middle}" y="14" class="head">milliseconds, dense and pruned</text>',
     ]
     for i, group in enumerate(shown):
-        y = 24 + i * row
+        y, kept_width = 24 + i * row, max(ratio_width * group.ratio, 1.5)
+        dense_width, pruned_width = (max(ms_width * ms / longest, 0.5) for ms in (group.dense_ms, group.ms))
         name = group.name if len(group.name) <= 40 else "…" + group.name[-39:]
         parts += [
             f'<text x="{left - 10}" y="{y + 12}" class="end small">{_text(name)}</text>',
             f'<rect x="{left}" y="{y}" width="{ratio_width}" height="15" rx="2" class="track"/>',
-            f'<rect x="{left}" y="{y}" width="{max(ratio_width * group.ratio, 1.5):.1f}" height="15" rx="2" class="first">'
+            f'<rect x="{left}" y="{y}" width="{kept_width:.1f}" height="15" rx="2" class="first">'
             f"<title>{_text(group.name)}: {group.width} of {group.full} channels, {group.ratio:.1%}</title></rect>",
             f'<text x="{left + ratio_width + 8}" y="{y + 12}" class="small">{group.width}/{group.full}</text>',
-            f'<rect x="{middle}" y="{y}" width="{max(ms_width * group.dense_ms / longest, 0.5):.1f}" height="15" rx="2" '
-            'class="faint"/>',
-            f'<rect x="{middle}" y="{y}" width="{max(ms_width * group.ms / longest, 0.5):.1f}" height="15" rx="2" class="second">'
+            f'<rect x="{middle}" y="{y}" width="{dense_width:.1f}" height="15" rx="2" class="faint"/>',
+            f'<rect x="{middle}" y="{y}" width="{pruned_width:.1f}" height="15" rx="2" class="second">'
             f"<title>{_text(group.name)}: {_ms(group.dense_ms)} dense, {_ms(group.ms)} pruned</title></rect>",
-            f'<text x="{middle + ms_width * max(group.dense_ms, group.ms) / longest + 8:.1f}" y="{y + 12}" class="small">'
+            f'<text x="{middle + max(dense_width, pruned_width) + 8:.1f}" y="{y + 12}" class="small">'
             f"{_ms(group.ms)}</text>",
         ]
     figure = _svg(width, 30 + row * len(shown), parts, "Keep ratio and milliseconds of every group")
     rest = f" The {len(groups) - len(shown)} lightest groups are left out." if len(shown) < len(groups) else ""
     return (
         f"<section><h2>Where the channels went</h2>{figure}<p class='caption'>Each row is one set of coupled channels. "
-        "A segment's milliseconds are shared equally between the widths that it depends on; what no width changes is in "
-        f"no row.{rest}</p></section>"
+        "A segment's milliseconds are shared equally between the widths that it depends on; what no width changes is "
+        f"in no row.{rest}</p></section>"
     )
 
 
@@ -303,11 +308,12 @@ def _staircases(staircases: Sequence[Staircase]) -> str:
         + f"<figcaption>{_text(s.name)}</figcaption></figure>"
         for s in staircases
     )
+    if not figures:
+        return ""
     return (
-        ""
-        if not figures
-        else f'<section><h2>Staircases of the heaviest segments</h2><div class="grid">{figures}</div><p class="caption">'
-        "Dots are measured widths; the segment's other width, where it has one, is held at its chosen value.</p></section>"
+        f'<section><h2>Staircases of the heaviest segments</h2><div class="grid">{figures}</div>'
+        '<p class="caption">Dots are tabulated widths; the segment\'s other width, where it has one, is held at its '
+        "chosen value.</p></section>"
     )
 
 
@@ -326,7 +332,7 @@ def _progress(search: Sequence[Row], training: Sequence[Row]) -> str:
         ]
         figures.append(
             "<figure>"
-            + _plot(curves, x_label="search step", y_label="% of dense", size=(430, 260), title="Budget over the search")
+            + _plot(curves, x_label="search step", y_label="% of dense", title="Budget over the search")
             + "<figcaption>Cost against the ramped budget during the search</figcaption></figure>"
         )
     phases = list(dict.fromkeys(str(row.get("phase", "training")) for row in training))
@@ -342,7 +348,7 @@ def _progress(search: Sequence[Row], training: Sequence[Row]) -> str:
         if curves and start > 1:
             figures.append(
                 "<figure>"
-                + _plot(curves, x_label="epoch", y_label=label, size=(430, 260), dots=True, title=f"{label} over training")
+                + _plot(curves, x_label="epoch", y_label=label, dots=True, title=f"{label} over training")
                 + f"<figcaption>{_text(label.split(',')[0].capitalize())} over training</figcaption></figure>"
             )
     return f'<section><h2>Training</h2><div class="grid">{"".join(figures)}</div></section>' if figures else ""
@@ -354,9 +360,8 @@ def _provenance(result: Row, notes: Sequence[str]) -> str:
     )
     listed = "".join(f"<li>{_text(note)}</li>" for note in notes)
     return (
-        (f"<section><h2>Notes</h2><ul>{listed}</ul></section>" if listed else "")
-        + f"<section><details><summary>Every value of result.json</summary><table>{shown}</table></details></section>"
-    )
+        f"<section><h2>Notes</h2><ul>{listed}</ul></section>" if listed else ""
+    ) + f"<section><details><summary>Every value of result.json</summary><table>{shown}</table></details></section>"
 
 
 def _plot(
@@ -364,8 +369,8 @@ def _plot(
     *,
     x_label: str,
     y_label: str,
-    size: tuple[int, int],
     title: str,
+    size: tuple[int, int] = (430, 260),
     marks: Sequence[tuple[float, float, str, str]] = (),  # (x, y, label, css class)
     dots: bool = False,
     from_zero: bool = False,
@@ -394,10 +399,11 @@ def _plot(
         for x in x_ticks
         if x_low <= x <= x_high
     ]
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 6}" class="middle small">{_text(x_label)}</text>')
+    x_middle, y_middle = (left + width - right) / 2, (top + height - bottom) / 2
+    parts.append(f'<text x="{x_middle}" y="{height - 6}" class="middle small">{_text(x_label)}</text>')
     parts.append(
-        f'<text x="13" y="{(top + height - bottom) / 2}" class="middle small" '
-        f'transform="rotate(-90 13 {(top + height - bottom) / 2})">{_text(y_label)}</text>'
+        f'<text x="13" y="{y_middle}" class="middle small" transform="rotate(-90 13 {y_middle})">'
+        f"{_text(y_label)}</text>"
     )
     legend = left
     for x, y, css, label in curves:
@@ -410,13 +416,14 @@ def _plot(
             parts.append(f'<path d="M{legend} 11h18" class="line {css}-line"/>')
             parts.append(f'<text x="{legend + 24}" y="15" class="small">{_text(label)}</text>')
             legend += 44 + int(6.4 * len(label))
-    for x, y, label, css in marks:
-        end = px(x) > width - 90  # curves rise: above is clear to the left of a mark, below to its right
-        parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="6" class="{css}"><title>{label}: {_number(x)}, {_ms(y)}</title></circle>')
-        parts.append(
-            f'<text x="{px(x) + (-10 if end else 10):.1f}" y="{py(y) + (-9 if end else 17):.1f}" class="small{" end" if end else ""}">'
-            f"{_text(label)} {_number(x)}</text>"
-        )
+    for at, value, label, css in marks:
+        mx, my = px(at), py(value)
+        # Curves rise: above is clear to the left of a mark, below to its right.
+        place = f'x="{mx - 10:.1f}" y="{my - 9:.1f}" class="small end"' if mx > width - 90 else None
+        place = place or f'x="{mx + 10:.1f}" y="{my + 17:.1f}" class="small"'
+        told = f"{label}: {_number(at)}, {_ms(value)}"
+        parts.append(f'<circle cx="{mx:.1f}" cy="{my:.1f}" r="6" class="{css}"><title>{_text(told)}</title></circle>')
+        parts.append(f"<text {place}>{_text(label)} {_number(at)}</text>")
     return _svg(width, height, parts, title)
 
 
@@ -432,9 +439,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _svg(width: int, height: int, parts: Iterable[str], title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">' + "".join(parts) + "</svg>"
-    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(title)}">' + "".join(parts) + "</svg>"
 
 
 def _text(value: object) -> str:
@@ -488,7 +493,8 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .note,.caption,figcaption{color:var(--soft);font-size:13px}.caption{margin:10px 0 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right;overflow-wrap:anywhere}
-th:first-child{text-align:left;font-weight:500}thead th{color:var(--soft);font-weight:500}tr:last-child>*{border-bottom:0}
+th:first-child{text-align:left;font-weight:500}thead th{color:var(--soft);font-weight:500}
+tr:last-child>*{border-bottom:0}
 td.left{text-align:left}summary{cursor:pointer}details table{margin-top:12px;font-size:13px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:20px}figure{margin:0}
 figcaption{text-align:center;overflow-wrap:anywhere}svg{display:block;width:100%;height:auto;overflow:visible}

@@ -172,7 +172,9 @@ def test_pickles_in_the_program_are_not_executed(copy, where):
                 config = json.loads(data)
                 next(iter(config["config"].values()))["use_pickle"] = True
                 data = json.dumps(config).encode()
-            if (where == "weight" and name.endswith("weights/weight_0")) or (where == "sample" and name.endswith(".pt")):
+            if (where == "weight" and name.endswith("weights/weight_0")) or (
+                where == "sample" and name.endswith(".pt")
+            ):
                 data = hostile.getvalue()
             out.writestr(name, data)
         if where == "object":
