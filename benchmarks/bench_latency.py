@@ -232,14 +232,16 @@ def store(file: str, rows: list[dict[str, Any]]) -> None:
     path = RESULTS / file
     stored = json.loads(path.read_text()) if path.exists() else {"context": {}, "rows": []}
     names = {row["name"] for row in rows}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = head.stdout.strip()
     context = {
         **fingerprint(Target()),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit,
     }
     for row in rows:
-        row["commit"] = context["commit"]
+        row["commit"] = commit
     kept = [row for row in stored["rows"] if row["name"] not in names]
     path.parent.mkdir(exist_ok=True)
     lines = ",\n  ".join(json.dumps(row) for row in sorted([*kept, *rows], key=lambda row: row["name"]))

@@ -10,8 +10,8 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from hwprune.errors import InvalidInput, UnknownWorkload
 from hwprune.graph import Axis, Program, Segment, keep_first, resize, segments
 from hwprune.latency.model import CostAxis, CostModel, CostTerm
 from hwprune.latency.runtimes import Clocked, build, isolated
-from hwprune.latency.surface import Surface, fit_surface
+from hwprune.latency.surface import Share, Surface, fit_rates, fit_surface
 from hwprune.latency.table import LatencyTable
 from hwprune.latency.target import Target
 from hwprune.latency.timing import Reference, block_count, settings, time_runs, watch
@@ -38,6 +38,7 @@ MOST_FORWARDS = 200  # width vectors whose segments are sampled
 CALIBRATIONS = 28  # width vectors measured only as a whole
 LEAST_FORWARDS = 40  # even where the time is over: fewer say nothing about a plane
 LEAST_CALIBRATIONS = 10
+LEAST_WHOLE_FORWARDS = 24  # where a runtime hides its segments: rates of a few kinds of work are fitted, not planes
 CORNERS = 8  # the first vectors: dense, least, and random halves of the groups at either end
 CANDIDATES = 6  # of so many random vectors, the one the surfaces know least about is measured
 FIRST_FIT = 60  # vectors before the surfaces are asked
@@ -209,7 +210,8 @@ class _Profiler:
         fits, calibrations = len(self.vectors), self.calibrations
         if fits >= MOST_FORWARDS and calibrations >= CALIBRATIONS:
             return True
-        return self.spent_s >= self.seconds and fits >= LEAST_FORWARDS and calibrations >= LEAST_CALIBRATIONS
+        least = LEAST_FORWARDS if self.clocked else LEAST_WHOLE_FORWARDS
+        return self.spent_s >= self.seconds and fits >= least and calibrations >= least // 4
 
     def run(self, progress: bool) -> None:
         if self.finished:
@@ -233,7 +235,8 @@ class _Profiler:
         """The next vector by how many there are, so that a continued profile goes on where it stopped."""
         fits, calibrations = len(self.vectors), self.calibrations
         rng = np.random.default_rng([self.seed, fits, calibrations])
-        if fits >= CORNERS and calibrations * MOST_FORWARDS < fits * CALIBRATIONS:
+        wanted = np.interp(fits, [CORNERS, LEAST_FORWARDS, MOST_FORWARDS], [0, LEAST_CALIBRATIONS, CALIBRATIONS])
+        if calibrations < wanted:
             return self.plan.random(rng, on_ladder=False), "calibration"
         if fits < CORNERS:
             return self.plan.corner(fits, rng), "fit"
@@ -411,7 +414,8 @@ def latency_model(program: Program, table: LatencyTable, *, plan: Plan | None = 
     wholes = table.of_program(plan.key)
     if not wholes:
         raise UnknownWorkload(f"the table holds no forward of {program.name} at this batch; profile it first.")
-    surfaces = fit_surfaces(plan, table)
+    clocked = table.target.runtime == "eager"
+    surfaces: Mapping[str, Surface | Share] = fit_surfaces(plan, table) if clocked else fit_shares(plan, table)
     axes, terms = tabulate(plan, surfaces)
     full = np.asarray(program.groups.widths, dtype=np.int64)
     model = CostModel("ms", full, axes, terms, scale=1e-3)
@@ -419,6 +423,7 @@ def latency_model(program: Program, table: LatencyTable, *, plan: Plan | None = 
     cells = {(r["signature"], tuple(r["sizes"])) for r in table.records if r["kind"] == "segment" and r["sizes"]}
     ours = {segment.signature for segment in plan.segments}
     quiet_us = quiet_levels_us(table)[plan.key]
+    noises = [surface.noise for surface in surfaces.values() if isinstance(surface, Surface)]
     facts = {
         "forwards": sum(r["role"] == "fit" for r in wholes),
         "calibrations": sum(r["role"] == "calibration" for r in wholes),
@@ -427,7 +432,7 @@ def latency_model(program: Program, table: LatencyTable, *, plan: Plan | None = 
         "measuring_s": round(sum(r.get("took_s", 0.0) for r in wholes), 2),
         "drift_p90": round(float(np.quantile([r["reference_us"] for r in wholes], 0.9)) / quiet_us, 4),
         "contention_median": round(float(np.median([r.get("contention", 0.0) for r in wholes])), 4),
-        "sample_noise": round(float(np.median([s.noise for s in surfaces.values()] or [0.0])), 4),
+        "sample_noise": round(float(np.median(noises)), 4) if noises else None,
         "dense_measured_ms": _measured_ms(wholes, full, quiet_us),
     }
     return CostModel("ms", full, axes, terms, scale, offset, residual, facts=facts)
@@ -436,6 +441,35 @@ def latency_model(program: Program, table: LatencyTable, *, plan: Plan | None = 
 def _measured_ms(wholes: Sequence[dict[str, Any]], widths: Ints, quiet_us: float) -> float | None:
     times = [r["median_us"] / r["reference_us"] for r in wholes if r["widths"] == widths.tolist()]
     return round(float(np.median(times)) * quiet_us / 1e3, 5) if times else None
+
+
+def fit_shares(plan: Plan, table: LatencyTable) -> dict[str, Share]:
+    """One share of the whole per signature, where the runtime lets only whole forwards be timed."""
+    shares: dict[str, Share] = {}
+    kinds: dict[str, int] = {}
+    kind_of: dict[str, int] = {}
+    values = {node.name: node.meta.get("val") for node in plan.program.module.graph.nodes}
+    for segment in plan.segments:
+        outputs = [values.get(name) for name in segment.nodes]
+        written = float(sum(value.numel() for value in outputs if isinstance(value, torch.Tensor)))
+        amounts = np.array([segment.macs, segment.macs, written, 1.0])
+        full = np.array([axis.size for axis in segment.axes], dtype=np.float64)
+        shares[segment.signature] = Share(amounts, segment.powers, full, np.zeros(4))
+        kind = segment.description.split("->")[0].strip()
+        kind_of[segment.signature] = kinds.setdefault(kind, len(kinds))
+    quiet = quiet_levels_us(table)[plan.key]
+    wholes = [r for r in table.of_program(plan.key) if r["role"] == "fit"]
+    widths = np.array([r["widths"] for r in wholes], dtype=np.int64)
+    work = np.zeros((len(wholes), len(kinds), 4))
+    for segment in plan.segments:
+        sizes = [axis.elements(widths) for axis in segment.axes]
+        points = np.stack(sizes, 1).astype(np.float64) if sizes else np.zeros((len(wholes), 0))
+        work[:, kind_of[segment.signature]] += shares[segment.signature].work(points)
+    drift = np.array([r["reference_us"] for r in wholes]) / quiet
+    times = np.array([r["median_us"] for r in wholes]) / drift
+    doubt = np.array([_doubt(d) for d in drift])
+    rates = fit_rates(work.reshape(len(wholes), -1), times, doubt).reshape(len(kinds), 4)
+    return {signature: replace(share, rates=rates[kind_of[signature]]) for signature, share in shares.items()}
 
 
 def fit_surfaces(plan: Plan, table: LatencyTable) -> dict[str, Surface]:
@@ -463,7 +497,7 @@ def _folded_away(missing: Sequence[Segment], plan: Plan, samples: dict[str, Samp
     return all(any(part in str(modules[name].target) for part in merged) for s in missing for name in s.nodes)
 
 
-def tabulate(plan: Plan, surfaces: dict[str, Surface]) -> tuple[tuple[CostAxis, ...], tuple[CostTerm, ...]]:
+def tabulate(plan: Plan, surfaces: Mapping[str, Surface | Share]) -> tuple[tuple[CostAxis, ...], tuple[CostTerm, ...]]:
     """Evaluate the surfaces on knots: few and even where they are straight, more where they bend or step."""
     places: dict[Any, int] = {}
     lines: list[Axis] = []

@@ -59,7 +59,7 @@ def build(target: Target, module: nn.Module) -> Runnable:
     if target.runtime == "onnxruntime":
         return _OnnxRuntime(graph_module, target)
     if target.runtime == "compile":
-        return _Converted(target, torch.compile(graph_module, dynamic=False))
+        return _Converted(target, _Compiled(graph_module))
     run = _Converted(target, as_function(graph_module))
     return _CudaGraph(target, run) if target.runtime == "cudagraph" else run
 
@@ -287,8 +287,23 @@ class _Traced:
                     raise
                 module = copy.deepcopy(self.module).eval().requires_grad_(False)
                 module.to(device=self.target.device, dtype=self.target.torch_dtype)
-                run: Runnable = torch.compile(module, dynamic=False) if self.target.runtime == "compile" else module
-                return _Converted(self.target, run)
+                return _Converted(self.target, _Compiled(module) if self.target.runtime == "compile" else module)
+
+
+class _Compiled:
+    """A module under `torch.compile`, for the shapes of its inputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.run: Runnable | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.run is not None:
+            return self.run(*inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler deprecates its own internals
+            self.run = torch.compile(self.module, dynamic=False)
+            return self.run(*inputs)
 
 
 class _CudaGraph:

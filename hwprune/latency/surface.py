@@ -82,6 +82,39 @@ def fit_surface(sizes: Floats, times_us: Floats, doubt: Floats, seed: int = 0) -
     return Surface(trend, cells, parts, weights, inverse, variance, scale)
 
 
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one segment adds to a whole that was only timed as a whole: rates times amounts of work.
+
+    amounts [F] are the segment's when dense: multiply-accumulates, the same in whole blocks, elements written, and one
+    for being launched. powers: how the multiply-accumulates grow with each axis.
+    """
+
+    amounts: Floats
+    powers: tuple[int, ...]
+    full: Floats  # [axes] sizes when dense
+    rates: Floats  # [F] µs per unit
+
+    def __call__(self, sizes: Floats) -> Floats:
+        """µs at `sizes` [N, axes]. [N]"""
+        return np.asarray(self.work(sizes) @ self.rates)
+
+    def work(self, sizes: Floats) -> Floats:
+        """The amounts at `sizes` [N, axes]. [N, F]"""
+        ratio = sizes / self.full
+        block = BLOCKS[0]
+        blocked = np.minimum(np.ceil(sizes / block) * block, np.ceil(self.full / block) * block) / self.full
+        powers = np.array(self.powers, dtype=np.float64)
+        some = ratio.mean(1) if sizes.shape[1] else np.ones(len(sizes))
+        grown = [np.prod(ratio**powers, axis=1), np.prod(blocked**powers, axis=1), some, np.ones(len(sizes))]
+        return np.stack(grown, axis=1) * self.amounts
+
+
+def fit_rates(work: Floats, times_us: Floats, doubt: Floats) -> Floats:
+    """Non-negative rates [F] with `work` [N, F] @ rates = `times_us` [N] in relative error, outliers doubted."""
+    return _solve_relative(work, times_us, doubt)
+
+
 def _pool(sizes: Floats, times: Floats, doubt: Floats) -> tuple[Floats, Floats, Floats]:
     """One robust time per distinct cell; k samples of a cell are √k times less doubtful than one."""
     cells, owner = np.unique(sizes, axis=0, return_inverse=True)
@@ -115,7 +148,11 @@ def _features(sizes: Floats) -> Floats:
 
 def _fit_trend(cells: Floats, times: Floats, doubt: Floats) -> Floats:
     """Non-negative least squares in relative error, outliers doubted. [F]"""
-    features = _features(cells) / times[:, None]
+    return _solve_relative(_features(cells), times, doubt)
+
+
+def _solve_relative(features: Floats, times: Floats, doubt: Floats) -> Floats:
+    features = features / times[:, None]
     scale = np.maximum(np.abs(features).max(0), 1e-30)
     weight = 1.0 / doubt
     for _ in range(3):

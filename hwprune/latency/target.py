@@ -179,7 +179,7 @@ def _cpu_name() -> str:
     if not info.exists():
         return platform.processor() or platform.machine()
     fields_ = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", info.read_text(), re.MULTILINE))
-    name = fields_.get("model name", platform.machine())
+    name: str = fields_.get("model name", platform.machine())
     if "cpu family" in fields_:
         name += f" (family {fields_['cpu family']} model {fields_.get('model', '?')})"
     return name
