@@ -239,8 +239,8 @@ class _Problem:
     """
 
     def __init__(self, cost: CostModel, candidates: list[Ints], values: list[Floats]) -> None:
-        self.candidates = candidates
-        self.values = values
+        self.candidates = list(candidates)
+        self.values = list(values)
         self.constant = float(cost.offset)
         self.forms: list[_Form] = []
         self.unary = [np.zeros(len(own)) for own in candidates]
