@@ -180,7 +180,7 @@ class DSA(Method):
         return self.theta.sigmoid() * self._full
 
     def ranking(self) -> Tensor:
-        return self._live()
+        return self._live.now()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -300,13 +300,24 @@ class LiveImportance:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Scores, positive, with mean logarithm 0 in every group. [ΣC]"""
+        """Scores of this step, positive, with mean logarithm 0 in every group. [ΣC]"""
         if self._calls % self._refresh == 0:
-            self._norms = importance(self._model, self._groups, "l2").clamp_min(_LEAST)
+            self._norms = self._weight_norms()
         self._calls += 1
+        return self._combine(self._norms)
+
+    @torch.no_grad()
+    def now(self) -> Tensor:
+        """Scores with weight norms as they are now; leaves no trace. [ΣC]"""
+        return self._combine(self._weight_norms())
+
+    def _weight_norms(self) -> Tensor:
+        return importance(self._model, self._groups, "l2").clamp_min(_LEAST)
+
+    def _combine(self, norms: Tensor) -> Tensor:
         exponent = torch.where(self._votes > 0, self._tie_break, 1.0)
         # A dead γ is as good as one a million times smaller than the mean: further down only the spread would change.
-        logs = self.scales().clamp_min(1e-6).log() + exponent * self._norms.log()
+        logs = self.scales().clamp_min(1e-6).log() + exponent * norms.log()
         logs = logs - self._mean(logs)
         deviation = self._mean(logs.square()).sqrt()
         return (logs * (self._spread / deviation.clamp_min(_LEAST)).clamp(1, 10)).exp()
