@@ -149,35 +149,37 @@ def find_groups(labels: Labels, constants: frozenset[str] = frozenset()) -> Grou
     component, owner, position = component[live], owner[live], position[live]
     if not len(component):
         return Groups((), frozen, np.zeros(0, dtype=np.int64))
-    _, first = np.unique(component, return_index=True)  # `prunable` is sorted, so this aligns with it
+    _, first, channel = np.unique(component, return_index=True, return_inverse=True)  # `prunable` is sorted: aligned
     kind = np.unique(signature, return_inverse=True)[1]
     order_of_kind = np.full(kind.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(order_of_kind, kind, first)
-    normalised = _normalised(labels)
+    number = np.argsort(np.argsort(order_of_kind))[kind]  # [prunable] the group of each component
+    members = np.lexsort((first, number))  # [ΣC] components by group, then by where they are met first
+    widths = np.bincount(number)
+    rank = np.empty_like(members)  # [prunable] place in the flat array
+    rank[members] = np.arange(len(members))
 
-    groups, components = [], []
+    order = np.lexsort((position, rank[channel], owner, number[channel]))
+    owner, position, group_of = owner[order], position[order], number[channel][order]
+    ends = np.flatnonzero((np.diff(owner) != 0) | (np.diff(group_of) != 0)) + 1
+    slots_of: list[list[Slot]] = [[] for _ in widths]
+    for begin, here in zip([0, *ends], np.split(position, ends), strict=True):
+        parameter, dim, role, _ = slots[owner[begin]]
+        positions = here.reshape(widths[group_of[begin]], -1)
+        slots_of[group_of[begin]].append(Slot(parameter, dim, positions, role, role == "out" and parameter in folded))
+
+    normalised = _normalised(labels)
+    components = prunable[members].astype(np.int64)
+    groups = []
     names: dict[str, int] = {}
-    for this in np.argsort(order_of_kind):
-        members = prunable[kind == this]
-        members = members[np.argsort(first[kind == this])]
-        rank = {int(label): index for index, label in enumerate(members)}
-        mine = np.isin(component, members)
-        group_slots = []
-        for index in np.unique(owner[mine]):
-            here = mine & (owner == index)
-            channel = np.array([rank[int(label)] for label in component[here]])
-            order = np.lexsort((position[here], channel))
-            parameter, dim, role, _ = slots[index]
-            positions = position[here][order].reshape(len(members), -1)
-            group_slots.append(Slot(parameter, dim, positions, role, role == "out" and parameter in folded))
-        lead = min(group_slots, key=lambda slot: ("out", "data", "norm", "in").index(slot.role))
+    for mine, labels_of in zip(slots_of, np.split(components, np.cumsum(widths)[:-1]), strict=True):
+        lead = min(mine, key=lambda slot: ("out", "data", "norm", "in").index(slot.role))
         name = lead.parameter.rpartition(".")[0] or lead.parameter
         names[name] = names.get(name, 0) + 1
         name = name if names[name] == 1 else f"{name}#{names[name]}"
-        operator = next((normalised[int(label)] for label in members if int(label) in normalised), None)
-        groups.append(Group(name, len(members), tuple(group_slots), operator))
-        components.append(members)
-    return Groups(tuple(groups), frozen, np.concatenate(components).astype(np.int64))
+        operator = next((normalised[label] for label in labels_of.tolist() if label in normalised), None)
+        groups.append(Group(name, len(labels_of), tuple(mine), operator))
+    return Groups(tuple(groups), frozen, components)
 
 
 def _parameter_slots(labels: Labels, constants: frozenset[str]) -> list[tuple[str, int, str, Tensor]]:

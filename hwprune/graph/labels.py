@@ -60,11 +60,11 @@ class Coupling:
             self.changes += 1
             low, high = torch.minimum(a, b), torch.maximum(a, b)
             self.root.scatter_reduce_(0, high, low, "amin")
-            self._compress()
+            self._compress(high)
             a, b = self.root[low], self.root[high]
             differ = a != b
             a, b = a[differ], b[differ]
-        self._refresh()
+        self.canon = torch.where(self.canon == 0, 0, self.root)  # none of these is frozen, so no cause has changed
 
     def freeze(self, labels: Tensor, cause: Cause) -> None:
         """Take `labels` (any shape) and all that is coupled to them out of the pruning."""
@@ -82,12 +82,14 @@ class Coupling:
         """The cause of a frozen label."""
         return self.causes[int(self.cause[self.root[label]])]
 
-    def _compress(self) -> None:
+    def _compress(self, moved: Tensor) -> None:
+        """Point every label at its representative again, after the representatives `moved` were given others."""
         while True:
-            up = self.root[self.root]
-            if torch.equal(up, self.root):
-                return
-            self.root = up
+            up = self.root[self.root[moved]]
+            if torch.equal(up, self.root[moved]):
+                break
+            self.root[moved] = up
+        self.root = self.root[self.root]
 
     def _refresh(self) -> None:
         cause = torch.full_like(self.cause, NEVER).scatter_reduce_(0, self.root, self.cause, "amin")
