@@ -1,5 +1,25 @@
 """How keep ratios are learned: the protocol, the registry, and one file per method."""
 
-from hwprune.search.base import METHODS, Context, Method, Search, SearchResult, create, method_class, search
+from hwprune.search.base import (
+    DEFAULT_METHOD,
+    METHODS,
+    Context,
+    Method,
+    Search,
+    SearchResult,
+    create,
+    method_class,
+    search,
+)
 
-__all__ = ["METHODS", "Context", "Method", "Search", "SearchResult", "create", "method_class", "search"]
+__all__ = [
+    "DEFAULT_METHOD",
+    "METHODS",
+    "Context",
+    "Method",
+    "Search",
+    "SearchResult",
+    "create",
+    "method_class",
+    "search",
+]

@@ -28,6 +28,7 @@ METHODS: dict[str, str] = {
     "dsa": "hwprune.search.dsa:DSA",
     "uniform": "hwprune.search.uniform:Uniform",
 }
+DEFAULT_METHOD = "dsa"
 
 
 @dataclass
