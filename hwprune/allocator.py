@@ -142,19 +142,6 @@ def values_from_ranking(
     return values
 
 
-def values_from_widths(widths: ArrayLike | torch.Tensor, cost: CostModel, *, beyond: float = 0.1) -> list[Floats]:
-    """The worth of each level when a search has already learned real-valued `widths` [G].
-
-    log(n / w) below the learned width w, and `beyond` times that above it: concave, so that rounding takes a little
-    from many groups, and what the plateaus leave over goes where it is the largest part of a group. A reconstruction.
-    """
-    learned = widths.detach().cpu().numpy() if isinstance(widths, torch.Tensor) else np.asarray(widths)
-    if learned.shape != cost.full.shape or not (np.isfinite(learned).all() and (learned > 0).all()):
-        raise InvalidInput(f"widths must be {len(cost.full)} finite numbers above 0, one per group.")
-    ratios = [np.log(np.asarray(cost.levels(g)) / float(w)) for g, w in enumerate(learned)]
-    return [np.where(ratio < 0, ratio, beyond * ratio) for ratio in ratios]
-
-
 def _candidates(
     cost: CostModel,
     value: Sequence[ArrayLike],
@@ -540,7 +527,7 @@ def _relax(problem: _Problem, budget: float, deadline: float) -> tuple[list[Ints
         b_eq=program.equal_to,
         bounds=(0, 1),
         method="highs",
-        options={"time_limit": 0.5 * _remaining(deadline)},
+        options={"time_limit": 0.8 * _remaining(deadline)},
     )
     if found.status != 0:
         return [], everything

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hwprune.allocator import _Problem, _relax, _Relaxation, allocate, values_from_ranking, values_from_widths
+from hwprune.allocator import _Problem, _relax, _Relaxation, allocate, values_from_ranking
 from hwprune.errors import InfeasibleBudget, InvalidInput
 from hwprune.graph import Group, Groups, cut, keep_top, segments, trace
 from hwprune.importance import importance
@@ -303,15 +303,6 @@ def test_values_are_the_kept_part_of_the_importance(fire):
     for g, values in enumerate(values_from_ranking(program.groups, flat, flops, scale="mass")):
         slopes = np.diff(values) / np.diff(flops.levels(g))
         assert (np.diff(slopes) <= 1e-12).all()
-
-
-def test_values_from_widths_peak_in_use_of_the_budget_at_the_learned_widths():
-    cost = chain(tile=4)
-    learned = torch.tensor([8.0, 16.0, 40.0])
-    found = allocate(cost, values_from_widths(learned, cost), cost.price([8, 16, 40]), **EXACT)
-    assert found.widths.tolist() == [8, 16, 40]
-    more = allocate(cost, values_from_widths(learned, cost), 1.3 * cost.price([8, 16, 40]), **EXACT)
-    assert (more.widths >= learned.numpy()).all() and more.widths.sum() > 64
 
 
 @pytest.mark.parametrize(
