@@ -68,7 +68,8 @@ def main() -> None:
         "flow_s": time.perf_counter() - start,
     }
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else results
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True)
     results["context"] = {**fingerprint(target), "machine": platform.machine(), "commit": commit.stdout.strip()}
     results["rows"].append(row)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
