@@ -395,13 +395,16 @@ class _Run:
         self.boxes.append(labels)
         return labels
 
-    def weight(self, operand: Any, dim: int, size: int, role: str) -> Tensor | None:
-        """The labels of a weight along one dim, or None where there is none or it is computed. [size]"""
+    def weight(self, operand: Any, dim: int, size: int, role: str, met: Tensor | None = None) -> Tensor | None:
+        """The labels of a weight along one dim, or None where there is none or it is computed. [size]
+
+        A weight met for the first time may take the labels that it meets, which saves a union.
+        """
         if not isinstance(operand, fx.Node) or operand.op != "get_attr" or str(operand.target) not in self.weights:
             return None
         key = (str(operand.target), dim)
         if key not in self.labels.slots:
-            self.labels.slots[key] = self.fresh(str(operand.target), dim, size)
+            self.labels.slots[key] = self.fresh(str(operand.target), dim, size) if met is None else met
             self.labels.roles[key] = role
         return self.labels.slots[key]
 
@@ -409,7 +412,7 @@ class _Run:
         """Tie a one-dimensional parameter (bias, scale, running statistic) to the channels it belongs to."""
         if not isinstance(operand, fx.Node):
             return
-        labels = self.weight(operand, 0, len(line), role)
+        labels = self.weight(operand, 0, len(line), role, met=line)
         self.coupling.unite(line, self.value(operand).reshape(-1) if labels is None else labels, cause)
 
     # -- contractions
@@ -422,14 +425,16 @@ class _Run:
         channel = x.ndim - rank - 1
         consumed = self.unite_line(x, channel, Cause(operator_of(node), "it convolves whole channels"))
         cin, cout = len(consumed), out_shape[channel]
+        per_in, per_out = cin // groups, cout // groups
         out_dim, in_dim = (1, 0) if transposed else (0, 1)
         produced = self.weight(given["weight"], out_dim, weight_shape[out_dim], "out")
         channelwise = transposed and groups == cin and weight_shape[1] == 1
-        entering = self.weight(given["weight"], in_dim, weight_shape[in_dim], "out" if channelwise else "in")
+        depthwise = not transposed and groups > 1 and per_in == 1
+        met = None if depthwise else consumed if transposed else consumed[:per_in]
+        entering = self.weight(given["weight"], in_dim, weight_shape[in_dim], "out" if channelwise else "in", met)
         if produced is None or entering is None:
             return self.give_up(node, cause)
         coupled = Cause(operator_of(node), "it reads or writes channels that are frozen")
-        per_in, per_out = cin // groups, cout // groups
         if transposed:
             # weight [Cin, Cout / groups, ...]: the i-th output of each group reads the same slice of dim 1
             self.coupling.unite(consumed, entering, coupled)
@@ -439,7 +444,7 @@ class _Run:
             else:
                 produced_all = produced.repeat(groups)
                 self.unite_along(consumed.view(groups, per_in), [0], coupled)
-        elif groups > 1 and per_in == 1:
+        elif depthwise:
             self.coupling.unite(consumed[:, None].expand(groups, per_out), produced.view(groups, per_out), coupled)
             self.coupling.freeze(entering, coupled)
             produced_all = produced
@@ -462,7 +467,7 @@ class _Run:
         size = shape_of(weight)
         consumed = self.unite_line(labels, -1, Cause(operator_of(node), "it reads the last dim"))
         produced = self.weight(weight, out_dim, size[out_dim], "out")
-        entering = self.weight(weight, 1 - out_dim, size[1 - out_dim], "in")
+        entering = self.weight(weight, 1 - out_dim, size[1 - out_dim], "in", met=consumed)
         if produced is None or entering is None:
             return self.give_up(node, cause)
         coupled = Cause(operator_of(node), "it reads or writes channels that are frozen")
