@@ -6,8 +6,11 @@
 
 Each row of `results/latency_accuracy.json` is one model, batch, thread count and way of sampling: the program is
 profiled, then random width vectors that the profile did not see are measured end to end, twice, in different random
-orders, the dense network beside each as the reference. Errors are of the prediction against the mean of both
-measurements; the difference between the two is the machine's own. A row replaces the one of the same name.
+orders, the dense network beside each as the reference, whose level during the profile is the level of both. Errors are
+of the prediction against the mean of both measurements; the difference between the two is the machine's own.
+`machine_drift` is the dense network's time during the check over that during the profile: where it is not 1, the machine
+was slower or faster, and `median_error_undivided` is the error that is left when nothing is divided out. A row replaces
+the one of the same name.
 """
 
 import argparse
@@ -91,7 +94,8 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
         walls[sampling] = time.perf_counter() - begin
     widths = np.stack(list(random_widths(program, args.vectors, seed=7)))
     begin = time.perf_counter()
-    measured, contention = measure_twice(program, target, widths)
+    level_ms = models[args.sampling[0]].facts["reference_ms"]
+    measured, contention, drift = measure_twice(program, target, widths, level_ms)
     wall_s = time.perf_counter() - begin
     repeat = np.abs(measured[0] / measured[1] - 1)
     truth = measured.mean(0)
@@ -106,6 +110,8 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
             "target": target.as_dict(),
             "median_error": quantile(error, 0.5), "p95_error": quantile(error, 0.95), "max_error": quantile(error, 1),
             "within_10_percent": round(float((error <= 0.1).mean()), 4),
+            "machine_drift": round(drift, 4),
+            "median_error_undivided": quantile(np.abs(predicted / (truth * drift) - 1), 0.5),
             "median_repeat": quantile(repeat, 0.5), "p95_repeat": quantile(repeat, 0.95),
             "sum_over_whole": quantile(uncalibrated, 0.5),
             "scale": round(model.scale * 1e3, 4), "offset_ms": round(model.offset, 5),
@@ -121,7 +127,7 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
         print(
             f"{row['name']}: median error {row['median_error']:.2%}, 95 % within {row['p95_error']:.2%}, "
             f"{row['within_10_percent']:.0%} within 10 %; repeat {row['median_repeat']:.2%} / {row['p95_repeat']:.2%}; "
-            f"sum/whole {row['sum_over_whole']:.3f}; dense {row['dense_ms']} ms, floor {row['floor_ms']} ms; "
+            f"sum/whole {row['sum_over_whole']:.3f}; drift {drift:.3f}; dense {row['dense_ms']} ms, floor {row['floor_ms']} ms; "
             f"{row['forwards']} forwards, {row['cell_share']:.1%} of cells, {row['profile_wall_s']} s",
             flush=True,
         )
@@ -129,11 +135,13 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
     return rows
 
 
-def measure_twice(program: Program, target: Target, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ms [2, N], contention [2, N]) of every width vector, in two passes of different order."""
+def measure_twice(
+    program: Program, target: Target, widths: np.ndarray, level_ms: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(ms [2, N], contention [2, N], drift) of every width vector, in two passes of different order."""
     inputs = program.example_inputs
     dense = build(target, resize(program, keep_first(program.groups, program.groups.widths)))
-    reference = Reference.start(dense, inputs, target)
+    reference = Reference.start(dense, inputs, target, level_ms=level_ms)
     seconds = 0.25 if reference.quiet_ms < 60 else 5e-3 * reference.quiet_ms
     found, contention = np.zeros((2, len(widths))), np.zeros((2, len(widths)))
     for turn in range(2):
@@ -141,7 +149,7 @@ def measure_twice(program: Program, target: Target, widths: np.ndarray) -> tuple
             network = build(target, resize(program, keep_first(program.groups, widths[at])))
             sample = measure(network, inputs, target, seconds=seconds, reference=reference)
             found[turn, at], contention[turn, at] = sample.median_ms, sample.contention
-    return found, contention
+    return found, contention, float(np.median(reference.history_ms)) / level_ms
 
 
 def speed(program: Program) -> dict[str, Any]:

@@ -430,6 +430,7 @@ def latency_model(program: Program, table: LatencyTable, *, plan: Plan | None = 
         "cells_measured": sum(signature in ours for signature, _ in cells),
         "cells_of_full_grid": plan.grid_cells,
         "measuring_s": round(sum(r.get("took_s", 0.0) for r in wholes), 2),
+        "reference_ms": round(quiet_us / 1e3, 5),
         "drift_p90": round(float(np.quantile([r["reference_us"] for r in wholes], 0.9)) / quiet_us, 4),
         "contention_median": round(float(np.median([r.get("contention", 0.0) for r in wholes])), 4),
         "sample_noise": round(float(np.median(noises)), 4) if noises else None,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import nnls
 
 Floats = NDArray[np.float64]
@@ -72,13 +72,13 @@ def fit_surface(sizes: Floats, times_us: Floats, doubt: Floats, seed: int = 0) -
     parts, ratio = _select(cells, residual, doubt, seed)
     kernel = _kernel(cells, cells, parts)
     for _ in range(2):
-        factor = cho_factor(kernel + np.diag(ratio * doubt**2))
-        weights = cho_solve(factor, residual)
+        factor = torch.linalg.cholesky(torch.from_numpy(kernel + np.diag(ratio * doubt**2)))
+        weights = torch.cholesky_solve(torch.from_numpy(residual)[:, None], factor)[:, 0].numpy()
         left = residual - kernel @ weights
         scale = 1.4826 * float(np.median(np.abs(left / doubt))) + 1e-6
         doubt = doubt * np.maximum(1.0, np.abs(left) / (3.0 * scale * doubt))
     variance = float(residual @ weights) / len(residual)
-    inverse = cho_solve(factor, np.eye(len(cells)))
+    inverse = torch.cholesky_inverse(factor).numpy()
     return Surface(trend, cells, parts, weights, inverse, variance, scale)
 
 
@@ -171,12 +171,12 @@ def _select(cells: Floats, residual: Floats, doubt: Floats, seed: int) -> tuple[
     best: tuple[float, tuple[float, ...], float] | None = None
     for parts in product(_LENGTHS, _BLOCK_PARTS, _DIVISIBILITY_PARTS):
         kernel = _kernel(cells, cells, parts) / np.outer(doubt, doubt)
-        values, vectors = np.linalg.eigh(kernel)
+        # by torch: numpy's own thread pool would fight for the cores with whatever else runs here
+        values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(kernel)))
         rotated = (vectors.T @ (residual / doubt)) ** 2
         spectrum = np.maximum(values, 0.0)[None] + _NOISE_RATIOS[:, None]  # [ratios, M]
         variance = np.maximum((rotated / spectrum).mean(1), 1e-12)
         likelihood = -0.5 * len(cells) * np.log(variance) - 0.5 * np.log(spectrum).sum(1)
-        # a spread of 2 % must not be explained by noise of 0.1 %: the machine never repeats that well
         at = int(np.argmax(likelihood))
         if best is None or likelihood[at] > best[0]:
             best = (float(likelihood[at]), parts, float(_NOISE_RATIOS[at]))

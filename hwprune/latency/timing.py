@@ -48,16 +48,28 @@ class Sample:
 
 @dataclass
 class Reference:
-    """A fixed workload and the time it takes when the machine is quiet (the lower fifth of its blocks so far)."""
+    """A fixed workload and the time it takes when the machine is quiet.
+
+    That is `level_ms` where an earlier session established it (``facts["reference_ms"]`` of a latency model, so that
+    what is measured now compares with the table), else the lower fifth of the blocks so far.
+    """
 
     run: Runnable
     inputs: Sequence[torch.Tensor]
     history_ms: list[float]
+    level_ms: float | None = None
 
     @classmethod
-    def start(cls, run: Runnable, inputs: Sequence[torch.Tensor], target: Target, blocks: int = 20) -> "Reference":
+    def start(
+        cls,
+        run: Runnable,
+        inputs: Sequence[torch.Tensor],
+        target: Target,
+        blocks: int = 20,
+        level_ms: float | None = None,
+    ) -> "Reference":
         """Warm the workload up and find its quiet level."""
-        reference = cls(run, inputs, [])
+        reference = cls(run, inputs, [], level_ms)
         with alone(), settings(target):
             for _ in range(3):
                 time_runs(run, inputs, target, 1)
@@ -67,6 +79,11 @@ class Reference:
 
     @property
     def quiet_ms(self) -> float:
+        """The given level, or the 20 % quantile of the blocks seen."""
+        return self.seen_ms if self.level_ms is None else self.level_ms
+
+    @property
+    def seen_ms(self) -> float:
         """The 20 % quantile of the blocks seen."""
         return float(np.quantile(self.history_ms, 0.2))
 
