@@ -143,7 +143,7 @@ def find_groups(labels: Labels, constants: frozenset[str] = frozenset()) -> Grou
     position = np.concatenate([np.arange(len(line)) for line in canon])
     producing = np.isin(owner, [i for i, slot in enumerate(slots) if slot[2] in ("out", "data")])
     prunable = np.setdiff1d(np.intersect1d(component, component[producing]), [0])
-    signature = _signatures(labels, component, owner, prunable)
+    signature = _signatures(labels, canon, prunable)
 
     live = np.isin(component, prunable)
     component, owner, position = component[live], owner[live], position[live]
@@ -192,24 +192,23 @@ def _parameter_slots(labels: Labels, constants: frozenset[str]) -> list[tuple[st
     return sorted(found, key=lambda slot: (order[slot[0]], slot[1]))
 
 
-def _signatures(labels: Labels, component: Ints, owner: Ints, prunable: Ints) -> NDArray[np.uint64]:
+def _signatures(labels: Labels, canon: list[Ints], prunable: Ints) -> NDArray[np.uint64]:
     """A hash per prunable component of the slots and tensors it touches, with multiplicity. [len(prunable)]"""
-    index = {int(label): i for i, label in enumerate(prunable)}
-    table = np.full(int(max(prunable.max(initial=0), component.max(initial=0))) + 1, -1)
-    table[prunable] = list(index.values())
+    table = np.full(len(labels.coupling.root), -1)
+    table[prunable] = np.arange(len(prunable))
     random = np.random.default_rng(0)
     signature = np.zeros(len(prunable), dtype=np.uint64)
 
-    def touch(canon: Ints) -> None:
-        which = table[np.minimum(canon, len(table) - 1)]
-        which = which[(which >= 0) & (canon < len(table))]
+    def touch(line: Ints) -> None:
+        which = table[line]
+        which = which[which >= 0]
         key = random.integers(1, 2**63, dtype=np.uint64)
         if len(which):
             counts = np.bincount(which, minlength=len(prunable)).astype(np.uint64)
             signature[:] += key * counts * (counts + np.uint64(1))
 
-    for slot in np.unique(owner):
-        touch(component[owner == slot])
+    for line in canon:
+        touch(line)
     for value in labels.values.values():
         for box in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(box, Tensor):
