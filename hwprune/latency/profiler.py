@@ -43,6 +43,7 @@ CORNERS = 8  # the first vectors: dense, least, and random halves of the groups 
 CANDIDATES = 6  # of so many random vectors, the one the surfaces know least about is measured
 FIRST_FIT = 60  # vectors before the surfaces are asked
 REFIT_EVERY = 50
+SETTLED = 0.007  # two fits in a row that differ by less at the median need no third
 BLOCKS_PER_VECTOR = 3
 RETRY_DRIFT = 0.1  # a vector next to which the reference drifted further is measured again
 MOST_RETRIES = 0.25  # of all vectors
@@ -189,8 +190,10 @@ class _Profiler:
         self.retries = 0
         self.surfaces: dict[str, Surface] = {}
         self.refit_at = 0
+        self.settled = False
         for record in table.of_program(plan.key):
             self.note(np.array(record["widths"], dtype=np.int64), record["role"], record.get("took_s", 0.0))
+            self.settled |= record.get("settled", False)
 
     def note(self, widths: Ints, role: str, took_s: float) -> None:
         """Count a measured vector."""
@@ -208,7 +211,7 @@ class _Profiler:
     @property
     def finished(self) -> bool:
         fits, calibrations = len(self.vectors), self.calibrations
-        if fits >= MOST_FORWARDS and calibrations >= CALIBRATIONS:
+        if self.settled or (fits >= MOST_FORWARDS and calibrations >= CALIBRATIONS):
             return True
         least = LEAST_FORWARDS if self.clocked else LEAST_WHOLE_FORWARDS
         return self.spent_s >= self.seconds and fits >= least and calibrations >= least // 4
@@ -256,7 +259,22 @@ class _Profiler:
         if not self.clocked or fits < FIRST_FIT:
             return np.array([len(self.new_cells(widths)) for widths in candidates], dtype=np.float64)
         if fits >= self.refit_at:
-            self.surfaces, self.refit_at = fit_surfaces(self.plan, self.table), fits + REFIT_EVERY
+            self.refit()
+        cost, doubt = self.estimate(candidates)
+        return doubt / cost
+
+    def refit(self) -> None:
+        """Fit all samples so far, and see whether that still changes what is predicted."""
+        rng = np.random.default_rng(self.seed)
+        probes = np.stack([self.plan.random(rng, on_ladder=False) for _ in range(64)])
+        before = self.estimate(probes)[0] if self.surfaces else None
+        self.surfaces, self.refit_at = fit_surfaces(self.plan, self.table), len(self.vectors) + REFIT_EVERY
+        if before is not None and self.calibrations >= LEAST_CALIBRATIONS:
+            change = np.abs(self.estimate(probes)[0] / before - 1)
+            self.settled = bool(np.median(change) < SETTLED)
+
+    def estimate(self, candidates: Ints) -> tuple[Floats, Floats]:
+        """(µs, its standard deviation) of whole forwards at `candidates` [N, G], segment errors added up. [N] each"""
         sizes: dict[str, list[Floats]] = defaultdict(list)
         for segment in self.plan.segments:
             if segment.signature in self.surfaces:
@@ -268,7 +286,7 @@ class _Profiler:
             times = self.surfaces[signature](points)
             cost += times.reshape(len(parts), -1).sum(0)
             doubt += (times * self.surfaces[signature].spread(points)).reshape(len(parts), -1).sum(0)
-        return doubt / cost
+        return cost, doubt
 
     def repeat(self, again: list[tuple[Ints, str]]) -> None:
         """Measure once more what was measured in a slow spell."""
@@ -297,7 +315,8 @@ class _Profiler:
         }
         records = [] if times is None else self.segment_records(widths, times, common)
         whole = {"kind": "whole", **common, "widths": widths.tolist(), "role": role, **_summary(totals)}
-        self.table.extend([*records, {**whole, "took_s": round(took_s, 4)}])
+        whole |= {"took_s": round(took_s, 4)} | ({"settled": True} if self.settled else {})
+        self.table.extend([*records, whole])
         self.note(widths, role, took_s)
         wanted = MOST_RETRIES * MOST_FORWARDS
         if again is not None and abs(drift - 1) > RETRY_DRIFT and self.retries + len(again) < wanted:
