@@ -216,6 +216,22 @@ def test_groups_without_a_norm_are_scored_by_their_weights():
     assert live.deviation() == math.inf and live().argmax() == 2
 
 
+def test_taylor_scores_follow_the_gradient_of_the_masks(pretrained):
+    model, run = start(pretrained, options={"scores": "taylor"})
+    run.method._start = 0
+    for step in range(10):
+        run.method.masks(step)
+        pull = torch.ones(sum(WIDTHS))
+        pull[7], pull[20] = 9.0, 0.01
+        run.method._mask.grad = pull * (-1) ** step
+        run.after_backward(step)
+    ranking = run.ranking()
+    assert ranking[: WIDTHS[0]].argmax() == 7 and ranking[WIDTHS[0] :].argmin() == 20 - WIDTHS[0]
+    run.method.scores = "gamma"
+    live = LiveImportance(model, run.context.groups, torch.device("cpu"), run.method.tie_break, run.method.spread)
+    torch.testing.assert_close(run.ranking(), live())
+
+
 # -- the search
 
 
@@ -266,9 +282,8 @@ def test_flops_are_a_budget_too(pretrained):
     assert 0.42 < cost.price(run.context.rounded(run.widths())) / cost.dense < 0.56
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-def test_a_resumed_search_ends_the_same(pretrained, interval, tmp_path):
-    options = {"interval": interval}
+@pytest.mark.parametrize("options", [{}, {"interval": 4, "scores": "gamma"}], ids=["defaults", "gamma-interval-4"])
+def test_a_resumed_search_ends_the_same(pretrained, options, tmp_path):
     model, whole = start(pretrained, options=options, seed=3)
     with whole:
         train(model, 60, whole)
@@ -384,11 +399,11 @@ def test_search_drives_the_training_loop(pretrained, tmp_path):
     model, program = copy.deepcopy(pretrained[0]), pretrained[1]
     cost = staircase(WIDTHS, (1.0, 1.0, 1.0))
     loader = list(batches(20))
-    recipe = Recipe(epochs=3, lr=0.02, seed=0)
+    recipe = Recipe(epochs=5, lr=0.02, seed=0)
     types = [type(module) for module in model.modules()]
     found = search("dsa", model, program.groups, cost, 0.6 * cost.dense, loader, recipe, progress=False)
     assert [type(module) for module in model.modules()] == types
-    assert found.widths.shape == (3,) and found.ranking.shape == (sum(WIDTHS),) and found.log[-1]["step"] == 59
+    assert found.widths.shape == (3,) and found.ranking.shape == (sum(WIDTHS),) and found.log[-1]["step"] == 99
     assert found.log[-1]["cost_soft"] < 0.75 * cost.dense
 
 
@@ -470,9 +485,10 @@ def test_registered_methods_describe_themselves(name):
         (lambda: create("dsa", learning_rate=1), "its options: lr, theta"),
         (lambda: create("dsa", temperature=(5.0, 1.0)), "must rise"),
         (lambda: create("dsa", interval=0), "interval"),
+        (lambda: create("dsa", scores="l2"), "gamma, taylor"),
         (lambda: create("uniform", kind="random"), "one of bn"),
     ],
-    ids=["method", "option", "temperature", "interval", "kind"],
+    ids=["method", "option", "temperature", "interval", "scores", "kind"],
 )
 def test_wrong_options_are_named(make, message):
     with pytest.raises(InvalidInput, match=message):

@@ -15,7 +15,7 @@ gradient is put on the scale of the cost gradient, so that one step size and one
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from hwprune.search.base import Context, Method
 
 _SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
+_SQUARES_DECAY, _LEAST_DRAWS = 0.98, 5  # of the running squares behind Taylor scores, and how many they need
 _BETAS = (0.9, 0.99)  # Adam's; the size of the gradients changes with the pull of the budget
 _EQUAL, _DIFFERENT = 1e-3, 0.03  # standard deviation of log γ: below, never trained; above, fit to choose channels by
 _LEAST = 1e-12
@@ -49,6 +50,9 @@ class DSA(Method):
         interval: training steps per step of the ratios; mask gradients are averaged in between.
         balance: size of the loss gradient beside that of the cost gradient, over time. Most of the former is noise of
             batches and masks, which Adam averages out, so it may be small.
+        scores: what orders the channels of a group. "gamma" is the paper's |γ|. "taylor" is the root mean square of
+            dL/dm over the last steps, the first-order Taylor criterion of Molchanov et al. 2019, which the masks give
+            for free; it begins with |γ|.
         tie_break: exponent of the weight norm beside |γ|, to order channels whose γ are equal.
         spread: least standard deviation of log b within a group: one that is flatter is stretched, tenfold at most, so
             that every group hardens at the same temperature.
@@ -68,7 +72,8 @@ class DSA(Method):
         temperature: tuple[float, float] = (2.0, 100.0),
         warmup: float = 0.2,
         interval: int = 1,
-        balance: float = 0.03,
+        balance: float = 0.1,
+        scores: Literal["gamma", "taylor"] = "taylor",
         tie_break: float = 0.05,
         spread: float = 0.3,
         off: float = 1e-5,
@@ -78,12 +83,15 @@ class DSA(Method):
             raise InvalidInput(f"temperature={temperature} must rise from one positive number to another")
         if not 0 <= warmup < 1 or interval < 1 or (lr is not None and lr <= 0):
             raise InvalidInput(f"warmup={warmup} must lie in [0, 1), interval={interval} be >= 1, lr={lr} be positive")
+        if scores not in ("gamma", "taylor"):
+            raise InvalidInput(f"scores={scores!r} is unknown; possible: gamma, taylor")
         self.lr = lr
         self.initial_theta = theta
         self.temperature = temperature
         self.warmup = warmup
         self.interval = interval
         self.balance = balance
+        self.scores = scores
         self.tie_break = tie_break
         self.spread = spread
         self.off = off
@@ -103,6 +111,8 @@ class DSA(Method):
         self._exp_avg = torch.zeros_like(self.theta)
         self._exp_avg_sq = torch.zeros_like(self.theta)
         self._accumulated = torch.zeros(groups.total, device=device)  # Σ dL/dm since the last step of the ratios
+        self._squares = torch.zeros_like(self._accumulated)  # running mean of (dL/dm)², biased as Adam's
+        self._draws = 0  # masks that have been differentiated
         self._updates = 0
         self._loss_size = self._loss_weight = 0.0  # running mean of ‖dL/dα‖, and the weights summed in it
         self._mask: Tensor | None = None
@@ -125,7 +135,7 @@ class DSA(Method):
         if self._start is None:
             return None
         uniforms = torch.rand(len(self._p), generator=self.context.generator, device=self.context.device)
-        scores = self._live()
+        scores = self._ordered(self._live())
         _, self._p, mask = ops.ratio_forward(self.theta, scores, self._offsets, self.temperature_at(step), uniforms)
         self._mask = mask.clamp_min_(self.off).requires_grad_()
         return self._mask
@@ -137,7 +147,10 @@ class DSA(Method):
             raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
         # A step that overflowed (mixed precision skips it) says nothing about the masks.
         gradient = self._mask.grad
-        self._accumulated += torch.where(gradient.isfinite().all(), gradient, 0.0)
+        gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
+        self._accumulated += gradient
+        self._squares.lerp_(gradient.square(), 1 - _SQUARES_DECAY)
+        self._draws += 1
         self._mask = None
 
     def after_step(self, step: int) -> None:
@@ -180,7 +193,7 @@ class DSA(Method):
         return self.theta.sigmoid() * self._full
 
     def ranking(self) -> Tensor:
-        return self._live.now()
+        return self._ordered(self._live.now())
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -189,6 +202,8 @@ class DSA(Method):
             "exp_avg_sq": self._exp_avg_sq.clone(),
             "accumulated": self._accumulated.clone(),
             "p": self._p.clone(),
+            "squares": self._squares.clone(),
+            "draws": self._draws,
             "updates": self._updates,
             "loss_size": self._loss_size,
             "loss_weight": self._loss_weight,
@@ -208,7 +223,8 @@ class DSA(Method):
         self._exp_avg_sq.copy_(state["exp_avg_sq"])
         self._accumulated.copy_(state["accumulated"])
         self._p.copy_(state["p"])
-        self._updates = state["updates"]
+        self._squares.copy_(state["squares"])
+        self._draws, self._updates = state["draws"], state["updates"]
         self._loss_size, self._loss_weight = state["loss_size"], state["loss_weight"]
         self._start = state["start"]
         self._cost_soft, self._cost_hard, self._multiplier = state["costs"]
@@ -225,6 +241,13 @@ class DSA(Method):
             "multiplier": self._multiplier,
             "count_std": float((variance.sqrt() / self._full).max()),
         }
+
+    def _ordered(self, scores: Tensor) -> Tensor:
+        """The scores by which channels are kept, from those of the weights [ΣC]: the same, or Taylor's. [ΣC]"""
+        if self.scores == "gamma" or self._draws < _LEAST_DRAWS:
+            return scores
+        squares = self._squares / (1 - _SQUARES_DECAY**self._draws)
+        return self._live.stretched(squares.clamp_min(_LEAST**2).log() / 2)
 
     def _progress(self, step: int) -> float:
         start = self._start or 0
@@ -316,8 +339,12 @@ class LiveImportance:
 
     def _combine(self, norms: Tensor) -> Tensor:
         exponent = torch.where(self._votes > 0, self._tie_break, 1.0)
-        # A dead γ is as good as one a million times smaller than the mean: further down only the spread would change.
-        logs = self.scales().clamp_min(1e-6).log() + exponent * norms.log()
+        return self.stretched(self.scales().clamp_min(_LEAST).log() + exponent * norms.log())
+
+    def stretched(self, logs: Tensor) -> Tensor:
+        """Scores from their logarithms [ΣC], centred in every group and given the least spread. [ΣC]"""
+        # Outliers are pulled in: a dead channel is as good as one whose score is a hundredth.
+        logs = (logs - self._mean(logs)).clamp(-5, 5)
         logs = logs - self._mean(logs)
         deviation = self._mean(logs.square()).sqrt()
         return (logs * (self._spread / deviation.clamp_min(_LEAST)).clamp(1, 10)).exp()
