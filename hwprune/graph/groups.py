@@ -250,5 +250,5 @@ def _frozen(labels: Labels, slots: list[tuple[str, int, str, Tensor]], canon: li
 def _normalised(labels: Labels) -> dict[int, str]:
     found: dict[int, str] = {}
     for box, operator in labels.normalised:
-        found.update(dict.fromkeys(labels.canon(box).unique().tolist(), operator))
+        found.update(dict.fromkeys(np.unique(labels.canon(box).numpy()).tolist(), operator))
     return found

@@ -341,8 +341,10 @@ class _Run:
                 free = max(dims, key=lambda dim: box.shape[dim])
                 self.unite_along(box, [dim for dim in dims if dim != free], Cause("view", "a tensor is a box"))
 
-    def value(self, operand: Any) -> Any:
-        return self.labels.values[operand]
+    def value(self, operand: Any) -> Tensor:
+        """The labels of an operand (of one that returns several, a tuple)."""
+        labels: Tensor = self.labels.values[operand]
+        return labels
 
     def lazy(self, labels: Tensor) -> Tensor:
         """Dims in which the component does not change, back to stride 0."""
@@ -488,7 +490,7 @@ class _Run:
         """Labels of a [..., M, K] @ b [..., K, N]. What is free in both a batch dim (heads) and an inner one is the
         choice between whole heads and the dims inside every head."""
         a, b = self.choose(a, cause), self.choose(b, cause)
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
         m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
         row_a, row_b = a[..., 0, :], b[..., :, 0]  # [..., K]
         self.pair(row_a.expand(*batch, k), row_b.expand(*batch, k), cause)
@@ -610,7 +612,7 @@ class _Run:
         varies_a, varies_b = set(self.labels.varying(a)), set(self.labels.varying(b))
         small_a = {dim for dim, size in enumerate(shape) if a.shape[dim] == 1 < size}
         small_b = {dim for dim, size in enumerate(shape) if b.shape[dim] == 1 < size}
-        both = torch.broadcast_shapes(a.shape, b.shape)
+        both = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         if varies_a & varies_b:
             self.pair(a.expand(both), b.expand(both), cause)
             return a.expand(both)
@@ -678,7 +680,8 @@ class _Run:
         united = self.unite_along(x, range(x.ndim - rank, x.ndim), cause)
         several = node.meta["val"]
         shape = shape_of(several[0] if isinstance(several, (tuple, list)) else several)
-        result = united[(..., *[slice(0, 1)] * rank)].expand(shape)
+        index = [slice(None)] * (x.ndim - rank) + [slice(0, 1)] * rank
+        result = united[tuple(index)].expand(shape)
         return (result, self.frozen(shape)) if isinstance(several, (tuple, list)) else result
 
     # -- data movement
@@ -804,18 +807,21 @@ class _Run:
     # -- what nobody knows
 
     def unknown(self, node: fx.Node) -> Any:
-        return self.give_up(node, Cause(operator_of(node), "no rule is known for it"))
-
-    def give_up(self, node: fx.Node, cause: Cause) -> Any:
-        """Freeze all that `node` reads, as anything, and what it returns."""
-        for operand in node.all_input_nodes:
-            for value in _tensors(self.value(operand)):
-                self.coupling.freeze(_core(value), cause)
-        self.freeze_weights(node, cause, everywhere=True)
+        self.freeze_operands(node, Cause(operator_of(node), "no rule is known for it"))
         value = node.meta.get("val")
         if isinstance(value, (tuple, list)):
             return tuple(self.frozen(shape_of(part)) if isinstance(part, Tensor) else None for part in value)
         return self.frozen(shape_of(node)) if isinstance(value, Tensor) else None
+
+    def give_up(self, node: fx.Node, cause: Cause) -> Tensor:
+        self.freeze_operands(node, cause)
+        return self.frozen(shape_of(node))
+
+    def freeze_operands(self, node: fx.Node, cause: Cause) -> None:
+        for operand in node.all_input_nodes:
+            for labels in _tensors(self.value(operand)):
+                self.coupling.freeze(_core(labels), cause)
+        self.freeze_weights(node, cause, everywhere=True)
 
     def freeze_weights(self, node: fx.Node, cause: Cause, everywhere: bool = False) -> None:
         """Freeze parameters that are weights elsewhere and stand here as data (or, `everywhere`, as anything)."""

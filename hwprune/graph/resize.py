@@ -123,8 +123,9 @@ class Resizer:
         new = self.graph.create_node("call_function", target, tuple(args), kwargs, name=node.name)
         new.meta["dense_shape"] = shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
         if node in self.labels.pinned and operator_of(node) == "mean":
-            dense, x = self.labels.pinned[node], self.labels.values[node.args[0]]
-            over = bound_arguments(node).get("dim") or range(x.ndim)
+            given = bound_arguments(node)
+            dense, x = self.labels.pinned[node], self.labels.values[given["self"]]
+            over = given.get("dim") or range(x.ndim)
             kept = math.prod(self.kept(x)[dim] for dim in over)
             return self.graph.call_function(_ATEN.mul.Tensor, (new, kept / dense))
         return new
@@ -133,7 +134,7 @@ class Resizer:
         """The arguments that name a size, an offset or a count, as they are in the smaller program."""
         out = self.labels.values[node]
         first = next(iter(given.values()), None)
-        x = self.labels.values[first] if isinstance(first, fx.Node) else None
+        x: Any = self.labels.values[first] if isinstance(first, fx.Node) else None
         if name in ("view", "reshape", "_unsafe_view"):
             key = "size" if "size" in given else "shape"
             return {key: _any_batch(self.kept(out))}
@@ -258,7 +259,7 @@ def _batch_norm(source: nn.Module, given: dict[str, Any], rank: int) -> nn.Modul
     affine = given["weight"] is not None
     options = {"eps": given["eps"], "momentum": given["momentum"], "affine": affine, "device": mean.device}
     norm = _BATCH_NORMS[rank](len(mean), **options)
-    norm.running_mean, norm.running_var = mean, source.running_var
+    norm.running_mean, norm.running_var = mean, source.running_var  # type: ignore[assignment]
     if affine:
         norm.weight, norm.bias = source.weight, source.bias  # type: ignore[assignment]
     return norm

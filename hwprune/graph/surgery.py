@@ -214,7 +214,7 @@ def _rescaling(program: Program, resizer: Resizer, resized: fx.GraphModule) -> l
             parameter = bound_arguments(producer).get(name)
             if isinstance(parameter, fx.Node) and parameter.op == "get_attr":
                 factors = torch.ones(shape_of(parameter), dtype=torch.float64)
-                factors[rows.unique()] = factor
+                factors[rows.reshape(-1)] = factor
                 target = str(parameter.target)
                 found.append((get_tensor(resized, target), resizer.thin(target, factors)))
     return found
@@ -257,7 +257,7 @@ def _deviation(
         try:
             for parameter in parameters:  # the two share their tensors
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter += _JITTER * noise * (_spread(parameter) or 1.0)
+                parameter.add_(noise, alpha=_JITTER * (_spread(parameter) or 1.0))
             expected = [leaf for leaf in tree_leaves(resized(*program.example_inputs)) if isinstance(leaf, Tensor)]
             _rescale(rescaling)
             try:
