@@ -340,6 +340,30 @@ class UnitLength(nn.Module):
         return self.leave(F.normalize(x, dim=1))
 
 
+class Detector(nn.Module):
+    """Two scales, an upsampled path between them, and a head that decodes boxes from distributions (YOLOv8)."""
+
+    BINS = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Sequential(conv_bn(3, 12), C2f(sizes=True)), conv_bn(12, 16, stride=2)
+        self.pool, self.up = nn.Sequential(conv_bn(16, 12, 1), Sppf()), nn.Upsample(scale_factor=2)
+        self.merge = conv_bn(24, 14)
+        self.boxes = nn.ModuleList(nn.Sequential(conv_bn(c, 8), nn.Conv2d(8, 4 * self.BINS, 1)) for c in (14, 12))
+        self.classes = nn.ModuleList(nn.Sequential(conv_bn(c, 6), nn.Conv2d(6, 3, 1)) for c in (14, 12))
+        self.register_buffer("bins", torch.arange(self.BINS, dtype=torch.float64).view(1, 1, -1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.stem(x)
+        coarse = self.pool(self.down(fine))
+        scales = self.merge(torch.cat([fine, self.up(coarse)], 1)), coarse
+        boxes = torch.cat([head(scale).flatten(2) for head, scale in zip(self.boxes, scales, strict=True)], 2)
+        logits = torch.cat([head(scale).flatten(2) for head, scale in zip(self.classes, scales, strict=True)], 2)
+        n, _, anchors = boxes.shape
+        return (boxes.view(n, 4, self.BINS, anchors).softmax(2) * self.bins).sum(2), logits.sigmoid()
+
+
 BLOCKS = {
     "c2f by chunk": (lambda: C2f(sizes=False), "program"),
     "c2f by sizes": (lambda: C2f(sizes=True), "program"),
@@ -400,3 +424,9 @@ def test_dims_of_heads(name):
     assert list(program.groups.widths).count(6) == 2  # queries with keys, and values
     assert 5 not in program.groups.widths
     assert result.kind == "program"  # one head_dim for queries and values alike: the forward cannot follow two
+
+
+def test_detector():
+    program, _ = law(Detector(), (torch.randn(1, 3, 8, 8),))
+    frozen = {entry.parameter for entry in program.groups.frozen}
+    assert frozen == {f"{head}.{scale}.1.weight" for head in ("boxes", "classes") for scale in (0, 1)}
