@@ -7,21 +7,25 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hwprune.data import load_data
 from hwprune.models import load_model
 from hwprune.pipeline import Pruning
+from hwprune.search import Search
 
 
-def main(budget: str, epochs: int, out: str | None) -> dict[str, object]:
+def main(budget: str, epochs: int, out: str | None, profile_seconds: float | None = None) -> dict[str, object]:
     data = load_data("digits", batch_size=128)
     torch.manual_seed(0)
     model = load_model("resnet8", classes=data.classes, in_channels=data.shape[0])
 
     # Traces the model, measures what its widths cost here, and refuses a budget that no width meets.
-    work = Pruning(model, torch.randn(32, *data.shape), budget=budget, out=out, name="resnet8")
+    work = Pruning(
+        model, torch.randn(64, *data.shape), budget=budget, out=out, name="resnet8", profile_seconds=profile_seconds
+    )
 
-    def train(network: torch.nn.Module, lr: float, hooks: object | None = None) -> None:
+    def train(network: nn.Module, lr: float, hooks: Search | None = None, teacher: nn.Module | None = None) -> None:
         optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         network.train()
         step = 0
@@ -29,11 +33,12 @@ def main(budget: str, epochs: int, out: str | None) -> dict[str, object]:
             for x, y in data.train:
                 if hooks is not None:
                     hooks.before_step(step)  # masks of this step
-                loss = F.cross_entropy(network(x), y)
-                if network is not work.model and work.dense is not None:  # the dense model teaches the pruned one
+                output = network(x)
+                loss = F.cross_entropy(output, y)
+                if teacher is not None:
                     with torch.no_grad():
-                        taught = work.dense(x).softmax(1)
-                    loss = 0.5 * loss + 0.5 * F.cross_entropy(network(x), taught)
+                        soft = teacher(x).softmax(1)
+                    loss = 0.5 * (loss + F.cross_entropy(output, soft))
                 optimizer.zero_grad()
                 loss.backward()
                 if hooks is not None:
@@ -46,9 +51,8 @@ def main(budget: str, epochs: int, out: str | None) -> dict[str, object]:
     train(work.model, lr=0.05)
     with work.search("dsa", steps=epochs * len(data.train)) as hooks:
         train(work.model, lr=0.05, hooks=hooks)
-    work.dense.eval()
     smaller = work.cut()  # measured to be within the budget
-    train(smaller, lr=0.05)
+    train(smaller, lr=0.05, teacher=work.dense.eval())
     smaller.eval()
     with torch.no_grad():
         hits = [(smaller(x).argmax(1) == y).float().mean() for x, y in data.test]

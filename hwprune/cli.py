@@ -190,7 +190,13 @@ def profile(
     network = load_model(model, classes=classes, in_channels=_channels(shapes), weights=weights)
     path = table or Path(f"{model.replace(':', '_').replace('/', '_')}.table.jsonl")
     cost = pipeline.profile(
-        network, _example(shapes), target=target, table=path, force=force, seconds=profile_seconds, progress=not as_json
+        network,
+        _example(shapes),
+        target=target,
+        table=path,
+        force=force,
+        profile_seconds=profile_seconds,
+        progress=not as_json,
     )
     facts = {
         "model": model,

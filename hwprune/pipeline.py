@@ -26,7 +26,7 @@ from hwprune import artifact, report
 from hwprune.allocator import allocate, values_from_ranking
 from hwprune.budget import Budget, BudgetController
 from hwprune.errors import CorruptArtifact, InfeasibleBudget, InvalidInput
-from hwprune.graph import Program, cut, keep_first, keep_top, resize, trace
+from hwprune.graph import Program, cut, keep_first, keep_top, resize, segments, trace
 from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, build, fingerprint, flops_model
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
@@ -73,14 +73,18 @@ class Plan:
 
     widths: NDArray[np.int64]  # [G]
     predicted_ms: float
-    measured_ms: float
-    dense_ms: float  # the dense model, interleaved with it in the same window
-    limit_ms: float | None
+    measured_ms: float | None  # None for a budget in FLOPs
+    limit_ms: float | None  # the budget, by the dense model in the same window
     rounds: tuple[Mapping[str, float], ...]  # every allocation that was tried: predicted, measured, budget
 
     @property
+    def used(self) -> float:
+        """Measured latency as a fraction of the budget; 0 for a budget in FLOPs."""
+        return 0.0 if self.measured_ms is None or self.limit_ms is None else self.measured_ms / self.limit_ms
+
+    @property
     def met(self) -> bool:
-        return self.limit_ms is None or self.measured_ms <= self.limit_ms
+        return self.used <= 1
 
 
 @dataclass(frozen=True)
@@ -337,7 +341,8 @@ class Pruning:
             provenance={"settings": self.run.settings},
             result=result,
         )
-        shares, staircases = report.explain(self.latency, self.program.groups, self.plan.widths)
+        titles = {segment.name: f"{segment.name}: {segment.description}" for segment in segments(self.program)}
+        shares, staircases = report.explain(self.latency, self.program.groups, self.plan.widths, titles=titles)
         page = report.Report(
             result,
             shares,
@@ -360,7 +365,7 @@ class Pruning:
         """Measure dense and floor, print what budgets buy, and refuse what cannot be met."""
         groups = self.program.groups
         floor = resize(self.program, keep_first(groups, self.latency.least))
-        dense_sample, floor_sample = self._race([self.program.module, floor])
+        dense_sample, floor_sample = self._race([self.program.module, floor], rounds=4)
         goal = Goal(
             self.budget,
             dense_sample.median_ms,
@@ -423,34 +428,34 @@ class Pruning:
     def _fit_budget(self, rounds: int) -> Plan:
         """Allocate, cut and measure until the measured median lies in (93 %, 98.5 %] of the budget."""
         assert self.found is not None and self.method is not None
-        groups, cost = self.program.groups, self.cost
-        learned, ranking = self.found.widths, self.found.ranking
+        groups, cost, found = self.program.groups, self.cost, self.found
+        if self.budget.unit == "flops":  # exact as allocated: nothing to correct
+            widths = self.method.allocate(groups, cost, found.widths, found.ranking, self._cost_limit()).widths
+            return Plan(widths, float(self.latency.predict(widths)), None, None, ())
         allowance = _Allowance(self._cost_limit(), float(cost.floor), float(cost.dense))
-        tried: list[tuple[float, Plan]] = []  # (measured / limit, plan)
+        tried: list[Plan] = []
         seen: set[bytes] = set()
         for _ in range(rounds):
-            widths = self.method.allocate(groups, cost, learned, ranking, allowance.now).widths
+            widths = self.method.allocate(groups, cost, found.widths, found.ranking, allowance.now).widths
             if widths.tobytes() in seen:
                 break  # no level lies between the allowances that are left
             seen.add(widths.tobytes())
-            smaller = resize(self.program, keep_top(groups, widths, ranking.numpy()))
+            smaller = resize(self.program, keep_top(groups, widths, found.ranking))
             dense, pruned = self._race([self.program.module, smaller])
             limit = self.goal.limit_ms(dense.median_ms)
-            used = pruned.median_ms / limit if limit is not None else AIM
-            predicted = float(self.latency.predict(widths))
-            row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "dense_ms": dense.median_ms}
-            if limit is not None:
-                row["budget_ms"] = limit
-                told = f"predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms"
-                self.say(f"allocated: {told}, {used:.1%} of the budget")
-            history = (*(tried[-1][1].rounds if tried else ()), row)
-            tried.append((used, Plan(widths, predicted, pruned.median_ms, dense.median_ms, limit, history)))
+            assert limit is not None
+            used, predicted = pruned.median_ms / limit, float(self.latency.predict(widths))
+            self.say(
+                f"allocated: predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms, {used:.1%} of the budget"
+            )
+            row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "budget_ms": limit}
+            history = (*(tried[-1].rounds if tried else ()), {**row, "dense_ms": dense.median_ms})
+            tried.append(Plan(widths, predicted, pruned.median_ms, limit, history))
             if not allowance.correct(used):
                 break
-        feasible = [(used, plan) for used, plan in tried if plan.met]
-        sound = [pair for pair in feasible if pair[0] <= MOST_USE] or feasible
-        best = max(sound, key=lambda pair: pair[0]) if sound else min(tried, key=lambda pair: pair[0])
-        return replace(best[1], rounds=tried[-1][1].rounds)
+        sound = [plan for plan in tried if plan.used <= MOST_USE] or [plan for plan in tried if plan.met]
+        best = max(sound, key=lambda plan: plan.used) if sound else min(tried, key=lambda plan: plan.used)
+        return replace(best, rounds=tried[-1].rounds)
 
     def _race(self, modules: Sequence[nn.Module], rounds: int = 8) -> list[Sample]:
         """Measure modules in turns against the first, so that a drifting machine treats them alike.
@@ -706,12 +711,12 @@ def profile(
     example_inputs: Tensor | Sequence[Tensor],
     *,
     target: Target | None = None,
-    table: str | Path,
+    table: str | Path | None = None,
+    profile_seconds: float | None = None,
     force: bool = False,
-    seconds: float | None = None,
     progress: bool = True,
 ) -> CostModel:
-    """Measure what a model's widths cost on a target, into a table that an interrupted call continues.
+    """Measure what a model's widths cost on a target, into a table (JSON Lines) that an interrupted call continues.
 
     Returns the cost model in ms of one forward at the batch of ``example_inputs``. Raises UnsupportedModel,
     DeviceMismatch or CorruptTable.
@@ -719,9 +724,8 @@ def profile(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     program = trace(copy.deepcopy(model), inputs)
     target = target or Target()
-    return profile_program(
-        program, target, LatencyTable.open(Path(table), target, force=force), seconds=seconds, progress=progress
-    )
+    opened = LatencyTable.open(table, target, force=force)
+    return profile_program(program, target, opened, seconds=profile_seconds, progress=progress)
 
 
 def repeatability(target: Target | None = None) -> float:

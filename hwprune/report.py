@@ -7,7 +7,7 @@ dark setting. :func:`explain` takes the figures' numbers from a cost model; :fun
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,14 @@ def explain(
     groups: Groups,
     widths: NDArray[np.int64],  # [G]
     *,
+    titles: Mapping[str, str] | None = None,
     top: int = 6,
 ) -> tuple[list[GroupShare], list[Staircase]]:
     """Share the model's latency out among its groups, and pick the staircases of the heaviest segments.
 
     A segment's milliseconds are shared equally by its axes, an axis' by its groups in proportion to their elements;
-    what depends on no group belongs to none. The shares therefore sum to at most the whole.
+    what depends on no group belongs to none. The shares therefore sum to at most the whole. ``titles`` says more of a
+    segment than its name.
     """
     full = groups.widths.astype(np.int64)
     dense_ms, ms = np.zeros(len(groups)), np.zeros(len(groups))  # [G]
@@ -94,7 +96,8 @@ def explain(
         for name, f, w, d, m in zip(groups.names, full, widths, dense_ms, ms, strict=True)
     ]
     heaviest.sort(key=lambda pair: -pair[0])
-    return shares, [staircase for _, staircase in heaviest[:top]]
+    named = titles or {}
+    return shares, [replace(s, name=named.get(s.name, s.name)) for _, s in heaviest[:top]]
 
 
 def _interpolate(table: NDArray[np.float64], knots: Sequence[NDArray[np.int64]], sizes: Sequence[float]) -> float:
@@ -191,7 +194,7 @@ def _table(result: Row) -> str:
         ("measured latency, median", "dense_ms", "measured_ms", _ms),
         ("predicted latency", "predicted_dense_ms", "predicted_ms", _ms),
         ("parameters", "dense_parameters", "parameters", lambda n: f"{n:,}"),
-        ("multiply-adds", "dense_macs", "macs", lambda n: f"{int(n):,}"),
+        ("multiply-accumulates", "dense_flops", "flops", lambda n: f"{int(n):,}"),
     ):
         if result.get(after) is not None:
             shown = show(result[before]) if result.get(before) is not None else ""
@@ -377,7 +380,7 @@ def _plot(
 ) -> str:
     """A line plot with axes, grid and a legend."""
     width, height = size
-    left, right, top, bottom = 52, 14, 26 if any(label for *_, label in curves) else 12, 40
+    left, right, top, bottom = 60, 14, 26 if any(label for *_, label in curves) else 12, 40
     xs = [x for curve in curves for x in curve[0]] + [mark[0] for mark in marks]
     ys = [y for curve in curves for y in curve[1]] + [mark[1] for mark in marks]
     finite = [y for y in ys if math.isfinite(y)]
@@ -402,7 +405,7 @@ def _plot(
     x_middle, y_middle = (left + width - right) / 2, (top + height - bottom) / 2
     parts.append(f'<text x="{x_middle}" y="{height - 6}" class="middle small">{_text(x_label)}</text>')
     parts.append(
-        f'<text x="13" y="{y_middle}" class="middle small" transform="rotate(-90 13 {y_middle})">'
+        f'<text x="10" y="{y_middle}" class="middle small" transform="rotate(-90 10 {y_middle})">'
         f"{_text(y_label)}</text>"
     )
     legend = left
@@ -498,7 +501,8 @@ tr:last-child>*{border-bottom:0}
 td.left{text-align:left}summary{cursor:pointer}details table{margin-top:12px;font-size:13px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:20px}figure{margin:0}
 figcaption{text-align:center;overflow-wrap:anywhere}svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--ink);font-size:13px;font-family:inherit}svg .small{font-size:12px;fill:var(--soft)}
+svg text{paint-order:stroke;stroke:var(--card);stroke-width:3px;fill:var(--ink);font-size:13px;font-family:inherit}
+svg .small{font-size:12px;fill:var(--soft)}
 svg .head{font-size:12px;fill:var(--soft);font-weight:600}svg .end{text-anchor:end}svg .middle{text-anchor:middle}
 .first{fill:var(--first)}.second{fill:var(--second)}.third{fill:var(--third)}.faint{fill:var(--faint)}.track{fill:var(--track)}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.first-line{stroke:var(--first)}.second-line{stroke:var(--second)}

@@ -1,0 +1,314 @@
+"""The whole line on a small network: budgets, refusals, interruptions, and the user's own loop."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hwprune
+from hwprune import pipeline
+from hwprune.data import load_data
+from hwprune.errors import HwpruneError, InfeasibleBudget, InvalidInput, TrainingDiverged, UnsupportedModel
+from hwprune.models import load_model
+from hwprune.pipeline import AIM, LEAST_USE, MOST_USE, BudgetMissed, Pruning, _Allowance
+from hwprune.train import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = {"dense_epochs": 1, "search_epochs": 2, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("digits", batch_size=64, subset=320)
+
+
+@pytest.fixture(scope="module")
+def example(data):
+    return torch.randn((64, *data.shape), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory, example):
+    """A latency table of resnet8 that holds enough."""
+    path = tmp_path_factory.mktemp("tables") / "table.jsonl"
+    torch.set_num_threads(1)
+    hwprune.profile(dense(), example, table=path, profile_seconds=1, progress=False)
+    return path
+
+
+@pytest.fixture
+def table(profiled, tmp_path):
+    return shutil.copy(profiled, tmp_path / "table.jsonl")
+
+
+def dense():
+    torch.manual_seed(0)
+    return load_model("resnet8", classes=10, in_channels=1)
+
+
+def prune(data, example, table, **changes):
+    arguments = {
+        "train_loader": data.train, "test_loader": data.test, "budget": "50%flops", "table": table, "name": "resnet8",
+        "recipe": Recipe(lr=0.05, batch_size=64), "profile_seconds": 1, "progress": False, **EPOCHS,
+        **changes,
+    }  # fmt: skip
+    return hwprune.prune(arguments.pop("model", None) or dense(), example, **arguments)
+
+
+def test_flops_budget_end_to_end(data, example, table, tmp_path):
+    model = dense()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pruned = prune(data, example, table, model=model, out=tmp_path / "run")
+    result = pruned.result
+    assert result["flops"] <= 0.5 * result["dense_flops"]
+    assert result["parameters"] == sum(p.numel() for p in pruned.module.parameters()) < result["dense_parameters"]
+    wanted = (
+        "method model seed epochs dense_ms budget_ms predicted_ms measured_ms dense_accuracy accuracy dense_parameters "
+        "parameters wall_s target"
+    )
+    assert set(wanted.split()) <= set(result)
+    assert (result["method"], result["seed"], result["epochs"], result["budget_ms"]) == ("dsa", 0, 1, None)
+    assert {"profile", "search", "fine-tune", "total"} <= set(result["wall_s"])
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert "<h2>Training</h2>" in (tmp_path / "run" / "report.html").read_text()
+    torch.testing.assert_close(dict(model.state_dict()), before)  # the user's model is left as it was
+
+    with torch.no_grad():
+        expected = pruned.module.eval()(example)
+        torch.testing.assert_close(hwprune.load(tmp_path / "run")(example), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hwprune.load(tmp_path / "run", dense)(example), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_latency_budget_ends_in_a_measurement(data, example, table, tmp_path):
+    out = tmp_path / "run"
+    try:
+        result = prune(data, example, table, budget="70%", out=out).result
+    except BudgetMissed as missed:  # a busy machine may say so; then everything is kept all the same
+        result = missed.result
+        assert str(out) in str(missed)
+    assert result["budget_ms"] == pytest.approx(0.7 * result["dense_ms"])
+    assert result["met"] == (result["measured_ms"] <= result["budget_ms"])
+    assert 1 <= len(result["rounds"]) <= 6
+    assert json.loads((out / "result.json").read_text()) == result
+    assert hwprune.load(out)(example).shape == (64, 10)
+
+
+class Interrupted:
+    """Training data during which Ctrl-C is pressed after so many batches."""
+
+    def __init__(self, loader, after):
+        self.loader, self.left = loader, after
+
+    def __len__(self):
+        return len(self.loader)
+
+    def set_epoch(self, epoch):
+        self.loader.set_epoch(epoch)
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(data, example, table, tmp_path):
+    calibrated = {"calibration_loader": data.calibration}
+    whole = prune(data, example, table, out=tmp_path / "whole", **calibrated)
+    run = {"out": tmp_path / "run", "resume": True, **calibrated}
+    epoch = len(data.train)
+    # Batches until the next Ctrl-C; a phase begins again at the start of the epoch in which it was interrupted.
+    for after, phase in ((3, "dense"), (epoch + 3, "search"), (2 * epoch + 3, "fine-tune")):
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            prune(data, example, table, train_loader=Interrupted(data.train, after), **run)
+        assert interrupt.value.__notes__ == [phase]
+        assert phase not in json.loads((tmp_path / "run" / "state" / "run.json").read_text())["done"]
+    continued = prune(data, example, table, **run)
+    assert continued.result["widths"] == whole.result["widths"]
+    torch.testing.assert_close(dict(continued.module.state_dict()), dict(whole.module.state_dict()))
+
+
+def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
+    class Untouchable:
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            raise AssertionError("a finished run must not train")
+
+    first = prune(data, example, table, out=tmp_path)
+    again = prune(data, example, table, out=tmp_path, resume=True, train_loader=Untouchable())
+    torch.testing.assert_close(dict(again.module.state_dict()), dict(first.module.state_dict()))
+
+
+def test_resuming_with_other_settings_is_refused(data, example, table, tmp_path):
+    prune(data, example, table, out=tmp_path, dense_epochs=0, search_epochs=0, epochs=0, method="uniform")
+    with pytest.raises(InvalidInput, match=r"with method 'uniform', epochs 0, not method 'uniform', epochs 3|epochs"):
+        prune(
+            data, example, table, out=tmp_path, dense_epochs=0, search_epochs=0, epochs=3, method="uniform", resume=True
+        )
+    (tmp_path / "state" / "run.json").write_text('{"settings": ')
+    with pytest.raises(HwpruneError, match="start again without --resume"):
+        prune(data, example, table, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "budget, kind, message",
+    [
+        (
+            {"budget": "1%"},
+            InfeasibleBudget,
+            r"below the floor: .* still takes [\d.]+ of its [\d.]+ ms; give at least \d+%",
+        ),
+        ({"budget": "0.01%flops"}, InfeasibleBudget, "below the floor: .* of the FLOPs remain"),
+        ({"budget": None, "budget_ms": 1e5}, InvalidInput, "above .* ms, the cost of the network as it is"),
+        ({"budget": None}, InvalidInput, "give either budget_ms"),
+        ({"budget": "fast"}, InvalidInput, "not understood"),
+        ({"guide": "parameters"}, InvalidInput, "guided by 'ms' or 'flops'"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_training(data, example, table, budget, kind, message):
+    with pytest.raises(kind, match=message):
+        prune(data, example, table, train_loader=None, **budget)
+
+
+def test_a_launch_bound_model_is_refused_with_numbers(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with pytest.raises(InfeasibleBudget, match=r"bound by launches, .* [\d.]+ of its [\d.]+ ms"):
+        hwprune.prune(
+            model, torch.randn(1, 1, 2, 2), budget="95%", train_loader=None, profile_seconds=0.5, progress=False
+        )
+
+
+def test_the_numbers_are_said_before_training(data, example, table):
+    said = []
+    with pytest.raises(InvalidInput, match="loader"):  # None is no loader: training would begin here
+        prune(data, example, table, train_loader=None, budget="70%", say=said.append)
+    assert re.search(r"dense [\d.]+ ms, floor [\d.]+ ms", said[0])
+    assert any(re.search(r"within\s+90% \([\d.]+ ms\): at most \d+% of the channels", line) for line in said)
+
+
+def test_a_loss_that_becomes_nan_stops_the_run(data, example, table, tmp_path):
+    with pytest.raises(TrainingDiverged, match="NaN"):
+        prune(data, example, table, out=tmp_path, loss_fn=lambda y, t: y.sum() * math.nan)
+    good = torch.load(tmp_path / "state" / "dense.checkpoint", weights_only=True)
+    assert good is not None
+
+
+class Branching(nn.Module):
+    """A forward that torch.export cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_exported_is_named(data, example, table):
+    with pytest.raises(UnsupportedModel) as error:
+        prune(data, example, table, model=Branching())
+    assert "test_pipeline.py" in str(error.value)
+
+
+def test_check_holds_and_notices(example):
+    found = pipeline.check(dense(), example)
+    assert found.holds
+    assert found.kind == "module"
+    assert len(found.program.groups) == 6
+    assert found.masked_error < 1e-5
+    strict = pipeline.check(dense(), example, tolerance=-1.0)
+    assert not strict.holds
+
+
+def test_check_jitters_what_would_hide_a_wrong_channel():
+    model = pipeline._jittered(dense(), seed=0)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all((norm.running_var >= 1).all() and norm.bias.abs().min() > 0 for norm in norms)
+    assert len({norm.bias[0].item() for norm in norms}) == len(norms)
+
+
+def test_before_a_search_there_is_nothing_to_cut(example, table):
+    work = Pruning(dense(), example, budget="50%flops", table=table, profile_seconds=1, progress=False)
+    with pytest.raises(InvalidInput, match="run `search` first"):
+        work.cut()
+
+
+@pytest.mark.parametrize("response", [0.6, 0.8, 1.0, 1.25, 1.7], ids=lambda r: f"measures x{r}")
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.4])
+def test_allowance_finds_the_budget(response, power):
+    """Whatever smooth bias the prediction has, a handful of corrections end within the budget's upper part."""
+    dense_ms, floor_ms, limit = 10.0, 1.0, 5.0
+
+    def measured(allowance):
+        return response * limit * (allowance / limit) ** power
+
+    allowance = _Allowance(limit, floor_ms, dense_ms)
+    used = [measured(allowance.now) / limit]
+    while allowance.correct(used[-1]) and len(used) < 7:
+        used.append(measured(allowance.now) / limit)
+    assert len(used) <= 5
+    assert LEAST_USE < used[-1] <= MOST_USE
+
+
+def test_allowance_stops_at_the_ends():
+    allowance = _Allowance(5.0, 1.0, 10.0)
+    while allowance.correct(0.1):
+        pass
+    assert allowance.now == 10.0
+    allowance = _Allowance(5.0, 1.0, 10.0)
+    while allowance.correct(9.0):
+        pass
+    assert allowance.now == 1.0
+
+
+def test_allowance_bisects_a_step():
+    """Where latency jumps, proportional steps would leap to and fro."""
+    allowance = _Allowance(5.0, 1.0, 10.0)
+    visited = []
+    for _ in range(8):
+        visited.append(allowance.now)
+        if not allowance.correct(0.5 if allowance.now < 6.5 else 1.5):
+            break
+    assert abs(visited[-1] - 6.5) < 0.5
+    assert all(1.0 <= now <= 10.0 for now in visited)
+    assert AIM < MOST_USE
+
+
+def test_measure_gives_quantiles(example):
+    sample = hwprune.measure(dense(), example, rounds=2)
+    assert 0 < sample.p20_ms <= sample.median_ms <= sample.p80_ms
+    assert sample.count >= 2
+
+
+def test_own_loop_example(tmp_path, monkeypatch):
+    source = importlib.util.spec_from_file_location("own_loop", ROOT / "examples" / "own_loop.py")
+    own_loop = importlib.util.module_from_spec(source)
+    source.loader.exec_module(own_loop)
+    result = own_loop.main(budget="60%flops", epochs=1, out=str(tmp_path), profile_seconds=1.0)
+    assert result["flops"] <= 0.6 * result["dense_flops"]
+    assert 0 <= result["accuracy"] <= 1
+    assert np.isfinite(result["measured_ms"])
+    assert (tmp_path / "spec.json").is_file()
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+    except BudgetMissed:  # a busy machine
+        assert (tmp_path / "runs" / "readme" / "report.html").is_file()
+    else:
+        assert names["pruned"].result["met"]
+        assert isinstance(names["module"], nn.Module)
