@@ -20,7 +20,8 @@ from hwprune.graph.labels import _CONVS, CONTRACTIONS, Labels, bound_arguments, 
 from hwprune.graph.trace import Program
 
 MOST_AXES = 2
-_SIZED = {"view", "reshape", "_unsafe_view", "expand", "unflatten", "slice", "split_with_sizes", "split"}  # args follow
+# operators whose remaining arguments follow from the sizes
+_SIZED = {"view", "reshape", "_unsafe_view", "expand", "unflatten", "slice", "split_with_sizes", "split"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,8 @@ class _Cutter:
         """The sizes a call's time depends on: those of its result, and of what a contraction or reduction consumes."""
         boxes = [self.labels.values[node]]
         if operator_of(node) != "cat":
-            boxes = [self.labels.values[operand] for operand in node.all_input_nodes if operand.op != "get_attr"] + boxes
+            operands = [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
+            boxes = [self.labels.values[operand] for operand in operands] + boxes
         axes: dict[Any, Axis] = {}
         for box in boxes:
             for part in box if isinstance(box, (tuple, list)) else (box,):
@@ -220,7 +222,7 @@ class _Cutter:
             q = values[given["query"]]
             sized = [self.axis(q, dim) for dim in range(q.ndim)]
         else:
-            a, b = list(given.values())[:2]
+            a = next(iter(given.values()))
             rank, box = len(shape_of(a)), values[node]
             total = float(math.prod(out) * shape_of(a)[-1])
             sized = [self.axis(box, dim) for dim in range(box.ndim)] + [self.axis(values[a], rank - 1)]
