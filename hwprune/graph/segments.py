@@ -191,8 +191,8 @@ class _Cutter:
                 text += " depthwise" if weight[1] == 1 else f" groups {given['groups']}"
         if isinstance(first.meta.get("val"), Tensor):
             text += f" -> {'x'.join(map(str, shape_of(first)))}"
-        rest = [operator_of(node) for node in nodes[1:] if operator_of(node) not in ("getitem", "batch_norm", "dropout")]
-        return text + "".join(f" + {name}" for name in dict.fromkeys(rest))
+        rest = dict.fromkeys(operator_of(node) for node in nodes[1:])
+        return text + "".join(f" + {name}" for name in rest if name not in ("getitem", "batch_norm", "dropout"))
 
     # -- operations
 
