@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,6 +47,10 @@ def draw_predictions(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot((first + second) / 2, predicted, "o", color="#c0562f", markersize=2.6)
         axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="measured ms")
         axis.set_aspect("equal")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter(NullFormatter())
         axis.set_title(
             f"{row['model'].split(':')[-1]}, {row['pixels']} px, batch {row['batch']}, {row['threads']} thread"
             f"{'s' * (row['threads'] > 1)}\n"

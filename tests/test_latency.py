@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from hwprune.latency import (
     profile,
     random_widths,
 )
-from hwprune.latency.profiler import CELL_SHARE, Plan
+from hwprune.latency.profiler import CELL_SHARE, Plan, calibrate
 from hwprune.latency.runtimes import Clocked, deploy, isolated
 from hwprune.latency.surface import fit_surface
 from hwprune.latency.timing import settings, time_runs, undisturbed, watch
@@ -349,9 +350,27 @@ profile(program, Target(), LatencyTable.open({str(path)!r}, Target()), seconds=1
     assert model.dense > 0
     assert LatencyTable.open(path, Target()).records[:kept] == killed.records[:kept]
     forwards = [r["forward"] for r in killed.records if r["kind"] == "whole"]
-    assert len(set(forwards)) == len(forwards)
+    assert forwards == list(range(len(forwards)))  # the second run went on where the first was killed
 
 
 def test_a_profile_needs_time(program):
     with pytest.raises(InvalidInput, match="give a positive number"):
         profile(program, Target(), LatencyTable.open(None, Target()), seconds=0, progress=False)
+
+
+def test_the_calibration_recovers_scale_and_overhead_and_never_a_negative_one(program, profiled):
+    table = LatencyTable.read(profiled[1])
+    plan = Plan.of(program)
+    bare = replace(profiled[0], scale=1e-3, offset=0.0)
+    rows = [r for r in table.records if r["kind"] == "whole"]
+    widths = np.array([r["widths"] for r in rows])
+    for overhead, expected in ((0.05, 0.05), (-0.05, 0.0)):
+        table.records = [
+            {**r, "role": "calibration", "reference_us": 100.0, "median_us": 1e3 * (1.2 * ms + overhead)}
+            for r, ms in zip(rows, bare.predict(widths), strict=True)
+            if 1.2 * ms + overhead > 0
+        ]
+        scale, offset, residual = calibrate(bare, plan, table)
+        assert offset == pytest.approx(expected, abs=1e-4)
+        if overhead > 0:
+            assert scale == pytest.approx(1.2e-3, rel=1e-3) and residual < 1e-3

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from hwprune.errors import InvalidInput, UnknownWorkload
 from hwprune.graph import Axis, Program, Segment, keep_first, resize, segments
@@ -609,10 +610,8 @@ def calibrate(model: CostModel, plan: Plan, table: LatencyTable) -> tuple[float,
     weight = 1.0 / doubt
     for _ in range(4):
         design = np.stack([sums / measured, 1.0 / measured], axis=1) * weight[:, None]
-        if len(wholes) >= LEAST_CALIBRATIONS and np.ptp(measured) > 0.2 * measured.max():
-            scale, offset = np.linalg.lstsq(design, weight, rcond=None)[0]
-        else:  # too little spread for an intercept
-            scale, offset = float(design[:, 0] @ weight / (design[:, 0] @ design[:, 0])), 0.0
+        # what no segment's clock sees can only add time, and a network never costs nothing: no negative intercept
+        (scale, offset), _ = nnls(design, weight)
         error = (scale * sums + offset) / measured - 1
         typical = 1.4826 * float(np.median(np.abs(error / doubt))) + 1e-4
         weight = 1.0 / (doubt * np.maximum(1.0, np.abs(error / doubt) / (2 * typical)))
