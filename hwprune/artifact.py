@@ -144,7 +144,10 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module] | None = Non
     folder = Path(folder)
     spec, files = _read(folder)
     if model_factory is None:
-        return _exported(folder, files).module()
+        module = _exported(folder, files).module()
+        for name in ("train", "eval"):  # they raise, also for the mode that the program is in
+            module.__dict__.pop(name, None)
+        return module
     from safetensors.torch import load as from_safetensors
 
     state = from_safetensors(_checked(folder, WEIGHTS, files))

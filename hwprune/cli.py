@@ -22,6 +22,7 @@ from torch import Tensor
 from hwprune import __version__, artifact, ops, pipeline
 from hwprune.data import load_data
 from hwprune.errors import HwpruneError, InvalidInput
+from hwprune.graph import trace
 from hwprune.latency import LatencyTable, Target, available_runtimes, fingerprint
 from hwprune.models import load_model
 from hwprune.search import METHODS, method_class
@@ -317,7 +318,8 @@ def measure(
     target = _target(device, runtime, dtype, memory_format, threads)
     spec = artifact.read_spec(model) if Path(model).is_dir() else None
     if spec is not None:
-        network, example = artifact.load(model), spec.example_inputs()
+        example = spec.example_inputs()
+        network = trace(artifact.load(model), example).module
     else:
         shapes = _shapes(inputs, model)
         network = load_model(model, classes=classes, in_channels=_channels(shapes), weights=weights)

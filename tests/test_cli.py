@@ -18,10 +18,10 @@ from hwprune import pipeline
 from hwprune.cli import main
 from hwprune.models import load_model
 
-PRUNE = (
-    "prune --model resnet8 --data digits --subset 320 --train-batch 64 --batch 64 --lr 0.05 --profile-seconds 1 "
-    "--dense-epochs 1 --search-epochs 1 --epochs 1"
-).split()
+SMALL = {"subset": 320, "train-batch": 64, "batch": 64, "lr": 0.05, "profile-seconds": 1}
+SHORT = {"dense-epochs": 1, "search-epochs": 1, "epochs": 1}
+OPTIONS = {"model": "resnet8", "data": "digits", **SMALL, **SHORT}
+PRUNE = ["prune", *(text for name, value in OPTIONS.items() for text in (f"--{name}", str(value)))]
 
 
 def run(capsys, *arguments):
@@ -96,7 +96,10 @@ WRONG = {
     "unknown data": (lambda f: ["prune", "--model", "resnet8", "--data", "cats"], "no data set is called 'cats'"),
     "absent data": (lambda f: ["prune", "--model", "resnet8", "--data", f"cifar10:{f.tmp / 'none'}"], "none"),
     "empty data": (lambda f: ["prune", "--model", "resnet8", "--data", f"cifar10:{f.tmp}"], "cifar"),
-    "empty image folder": (lambda f: ["prune", "--model", "resnet8", "--data", f"folder:{f.tmp}"], "folder"),
+    "empty image folder": (
+        lambda f: ["prune", "--model", "resnet8", "--data", f"folder:{f.tmp}"],
+        "gives no training images",
+    ),
     "unknown method": (lambda f: [*PRUNE, "--method", "magic", "--table", f.table], "'magic' is unknown; possible: "),
     "unknown option": (lambda f: [*PRUNE, "--option", "x=1", "--table", f.table], "does not take"),
     "option without value": (lambda f: [*PRUNE, "--option", "x"], "write NAME=VALUE"),
@@ -120,12 +123,12 @@ WRONG = {
     "export of nothing": (lambda f: ["export", f.tmp / "none", f.tmp / "x.onnx"], "is not a folder"),
     "input in words": (lambda f: ["check", "resnet8", "--input", "big"], "write the sizes with commas"),
     "model that cannot be exported": (lambda f: ["check", "test_cli:Branching", "--input", "1,3,8,8"], "test_cli.py"),
-    "input that does not fit": (lambda f: ["check", "resnet8", "--input", "1,3"], "resnet8"),
+    "input that does not fit": (lambda f: ["check", "resnet8", "--input", "1,3"], "cannot be exported"),
     "runtime": (lambda f: ["measure", "resnet8", "--runtime", "steam"], "runtime='steam'"),
     "device": (lambda f: ["measure", "resnet8", "--device", "tpu"], "device='tpu'"),
-    "threads": (lambda f: ["measure", "resnet8", "--threads", "0"], "0"),
+    "threads": (lambda f: ["measure", "resnet8", "--threads", "0"], "--threads"),
     "lr": (lambda f: [*PRUNE, "--lr", "-1"], "lr is -1.0; it must be positive"),
-    "batch that is no number": (lambda f: ["prune", "--batch", "many"], "many"),
+    "batch that is no number": (lambda f: ["prune", "--batch", "many"], "--batch"),
     "missing option": (lambda f: ["prune", "--model", "resnet8"], "--data"),
     "unknown command": (lambda f: ["prun"], "prun"),
 }
