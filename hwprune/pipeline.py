@@ -287,6 +287,8 @@ class Pruning:
                 dense, pruned = self._race([self.program.module, module], rounds=32)
             limit = self.goal.limit_ms(dense.median_ms)
         widths = self.plan.widths
+        titles = {segment.name: f"{segment.name}: {segment.description}" for segment in segments(self.program)}
+        shares, staircases = report.explain(self.latency, self.program.groups, widths, titles=titles)
         result: dict[str, Any] = {
             "model": self.name,
             **{key: self.run.settings[key] for key in ("method", "seed", "epochs") if key in self.run.settings},
@@ -311,6 +313,7 @@ class Pruning:
             "dense_flops": float(self.flops.dense),
             "flops": float(self.flops.price(widths)),
             "widths": dict(zip(self.program.groups.names, widths.tolist(), strict=True)),
+            "groups": [asdict(share) for share in shares],
             "rounds": [dict(row) for row in self.plan.rounds],
             "wall_s": self.run.wall(),
             "target": {"description": self.target.describe(), **fingerprint(self.target)},
@@ -318,7 +321,7 @@ class Pruning:
             "versions": artifact.versions(),
         }
         if self.folder is not None:
-            self._save(module, result)
+            self._save(module, result, shares, staircases)
         if not result["met"]:
             raise BudgetMissed(
                 f"the finished network runs in {pruned.median_ms:.4g} ms, above the budget of {limit:.4g} ms"
@@ -327,7 +330,13 @@ class Pruning:
             )
         return result
 
-    def _save(self, module: nn.Module, result: Mapping[str, Any]) -> None:
+    def _save(
+        self,
+        module: nn.Module,
+        result: Mapping[str, Any],
+        shares: Sequence[report.GroupShare],
+        staircases: Sequence[report.Staircase],
+    ) -> None:
         assert self.folder is not None
         artifact.save(
             self.folder,
@@ -341,8 +350,6 @@ class Pruning:
             provenance={"settings": self.run.settings},
             result=result,
         )
-        titles = {segment.name: f"{segment.name}: {segment.description}" for segment in segments(self.program)}
-        shares, staircases = report.explain(self.latency, self.program.groups, self.plan.widths, titles=titles)
         page = report.Report(
             result,
             shares,

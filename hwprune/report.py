@@ -158,6 +158,23 @@ def render(report: Report) -> str:
     )
 
 
+def figure(result: Row) -> str:
+    """The latency and the widths of one ``result.json`` as an SVG file of its own, for a page that shows images."""
+    bars = _latency_figure(result)
+    widths = _groups_figure([GroupShare(**group) for group in result["groups"]])
+    parts, top = [], 0
+    for part in (bars, widths):
+        height = int(part.split('viewBox="0 0 900 ')[1].split('"')[0])
+        parts.append(part.replace("<svg ", f'<svg x="20" y="{top + 20}" width="900" height="{height}" ', 1))
+        top += height + 30
+    frame = f'<rect width="940" height="{top + 20}" rx="10" class="card"/>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 940 {top + 20}" width="940" height="{top + 20}">'
+        f"<style>{_COLOURS}{_MARKS}.card{{fill:var(--card)}}svg{{font-family:system-ui,sans-serif}}</style>"
+        f"{frame}{''.join(parts)}</svg>\n"
+    )
+
+
 def _header(title: str, result: Row) -> str:
     tiles = []
     dense_ms, measured_ms = result.get("dense_ms"), result.get("measured_ms")
@@ -216,7 +233,17 @@ def _table(result: Row) -> str:
 
 
 def _latency(result: Row, rounds: Sequence[Row]) -> str:
-    """Bars of dense, predicted and measured against the budget line, and the rounds that led there."""
+    """Bars against the budget line, and the rounds that led there."""
+    figure = _latency_figure(result)
+    trail = ""
+    if len(rounds) > 1:
+        steps = ", ".join(f"{_ms(r['measured_ms'])} ({r['measured_ms'] / r['budget_ms']:.1%})" for r in rounds)
+        trail = f'<p class="caption">Measured after each allocation: {steps} of the budget.</p>'
+    return f"<section><h2>Latency</h2>{figure}{trail}</section>" if figure else ""
+
+
+def _latency_figure(result: Row) -> str:
+    """Bars of dense, predicted and measured against the budget line."""
     bars = [
         (label, result[key], css, result.get(low), result.get(high))
         for label, key, css, low, high in (
@@ -247,22 +274,27 @@ def _latency(result: Row, rounds: Sequence[Row]) -> str:
         x = left + result["budget_ms"] * scale
         parts.append(f'<path d="M{x:.1f} 18V{height - 8}" class="limit"/>')
         parts.append(f'<text x="{x:.1f}" y="12" class="middle limit-text">budget {_ms(result["budget_ms"])}</text>')
-    figure = _svg(width, height, parts, "Latency of the dense and the pruned model against the budget")
-    trail = ""
-    if len(rounds) > 1:
-        steps = ", ".join(f"{_ms(r['measured_ms'])} ({r['measured_ms'] / r['budget_ms']:.1%})" for r in rounds)
-        trail = f'<p class="caption">Measured after each allocation: {steps} of the budget.</p>'
-    return f"<section><h2>Latency</h2>{figure}{trail}</section>"
+    return _svg(width, height, parts, "Latency of the dense and the pruned model against the budget")
 
 
 def _groups(groups: Sequence[GroupShare], most: int = 48) -> str:
-    """Two bars a group: the keep ratio, and the milliseconds that it costs and saves."""
+    """The groups' figure with its caption; of many groups the heaviest."""
     if not groups:
         return ""
     shown = list(groups)
     if len(shown) > most:  # in the model's order, without the lightest
         light = sorted(range(len(shown)), key=lambda i: -shown[i].dense_ms)[:most]
         shown = [shown[i] for i in sorted(light)]
+    rest = f" The {len(groups) - len(shown)} lightest groups are left out." if len(shown) < len(groups) else ""
+    return (
+        f"<section><h2>Where the channels went</h2>{_groups_figure(shown)}<p class='caption'>Each row is one set of "
+        "coupled channels. A segment's milliseconds are shared equally between the widths that it depends on; what no "
+        f"width changes is in no row.{rest}</p></section>"
+    )
+
+
+def _groups_figure(shown: Sequence[GroupShare]) -> str:
+    """Two bars a group: the keep ratio, and the milliseconds that it costs and saves."""
     width, left, middle, row = 900, 270, 560, 22
     ratio_width, ms_width = middle - left - 90, width - middle - 70
     longest = max(group.dense_ms for group in shown) or 1.0
@@ -286,13 +318,7 @@ def _groups(groups: Sequence[GroupShare], most: int = 48) -> str:
             f'<text x="{middle + max(dense_width, pruned_width) + 8:.1f}" y="{y + 12}" class="small">'
             f"{_ms(group.ms)}</text>",
         ]
-    figure = _svg(width, 30 + row * len(shown), parts, "Keep ratio and milliseconds of every group")
-    rest = f" The {len(groups) - len(shown)} lightest groups are left out." if len(shown) < len(groups) else ""
-    return (
-        f"<section><h2>Where the channels went</h2>{figure}<p class='caption'>Each row is one set of coupled channels. "
-        "A segment's milliseconds are shared equally between the widths that it depends on; what no width changes is "
-        f"in no row.{rest}</p></section>"
-    )
+    return _svg(width, 30 + row * len(shown), parts, "Keep ratio and milliseconds of every group")
 
 
 def _staircases(staircases: Sequence[Staircase]) -> str:
@@ -480,11 +506,29 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-_STYLE = """
+_COLOURS = """
 :root{color-scheme:light dark;--page:#fafaf8;--card:#fff;--ink:#1d2228;--soft:#667079;--line:#e3e5e8;--track:#eceef0;
 --first:#2f6fbd;--second:#d9822b;--third:#3f8f5f;--faint:#c3cbd4;--limit:#c2374a}
 @media(prefers-color-scheme:dark){:root{--page:#14171a;--card:#1c2024;--ink:#e6e9ec;--soft:#98a2ac;--line:#30363c;
 --track:#2a2f35;--first:#6aa5ea;--second:#f0a457;--third:#6fc593;--faint:#4b545d;--limit:#f07685}}
+"""
+
+_MARKS = """
+svg text{paint-order:stroke;stroke:var(--card);stroke-width:3px;fill:var(--ink);font-size:13px;font-family:inherit}
+svg .small{font-size:12px;fill:var(--soft)}
+svg .head{font-size:12px;fill:var(--soft);font-weight:600}svg .end{text-anchor:end}svg .middle{text-anchor:middle}
+.first{fill:var(--first)}.second{fill:var(--second)}.third{fill:var(--third)}.faint{fill:var(--faint)}.track{fill:var(--track)}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}.first-line{stroke:var(--first)}.second-line{stroke:var(--second)}
+.third-line{stroke:var(--third)}.limit-line-line{stroke:var(--limit);stroke-dasharray:5 4}
+.limit{stroke:var(--limit);stroke-width:2;stroke-dasharray:5 4}svg .limit-text{fill:var(--limit);font-weight:600}
+.spread{stroke:var(--ink);stroke-width:2;opacity:.7}.grid-line{stroke:var(--line)}
+.mark{fill:var(--card);stroke:var(--second);stroke-width:3}.mark-faint{fill:var(--card);stroke:var(--soft);stroke-width:2}
+"""
+
+_STYLE = (
+    _COLOURS
+    + _MARKS
+    + """
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
 main{max-width:980px;margin:0 auto;padding:36px 20px 60px}h1{font-size:28px;line-height:1.2;margin:0}
@@ -501,14 +545,6 @@ tr:last-child>*{border-bottom:0}
 td.left{text-align:left}summary{cursor:pointer}details table{margin-top:12px;font-size:13px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:20px}figure{margin:0}
 figcaption{text-align:center;overflow-wrap:anywhere}svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{paint-order:stroke;stroke:var(--card);stroke-width:3px;fill:var(--ink);font-size:13px;font-family:inherit}
-svg .small{font-size:12px;fill:var(--soft)}
-svg .head{font-size:12px;fill:var(--soft);font-weight:600}svg .end{text-anchor:end}svg .middle{text-anchor:middle}
-.first{fill:var(--first)}.second{fill:var(--second)}.third{fill:var(--third)}.faint{fill:var(--faint)}.track{fill:var(--track)}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}.first-line{stroke:var(--first)}.second-line{stroke:var(--second)}
-.third-line{stroke:var(--third)}.limit-line-line{stroke:var(--limit);stroke-dasharray:5 4}
-.limit{stroke:var(--limit);stroke-width:2;stroke-dasharray:5 4}svg .limit-text{fill:var(--limit);font-weight:600}
-.spread{stroke:var(--ink);stroke-width:2;opacity:.7}.grid-line{stroke:var(--line)}
-.mark{fill:var(--card);stroke:var(--second);stroke-width:3}.mark-faint{fill:var(--card);stroke:var(--soft);stroke-width:2}
 @media print{body{background:#fff}section,.tile{break-inside:avoid}}
 """
+)
