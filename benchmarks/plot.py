@@ -19,11 +19,33 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams["svg.hashsalt"] = "hwprune"  # the same data give the same file
+    plt.rcParams.update({"svg.hashsalt": "hwprune", "svg.fonttype": "none"})  # the same data give the same, small file
     latency = RESULTS / "latency_accuracy.json"
     if latency.exists():
         rows = json.loads(latency.read_text())["rows"]
         draw_predictions([row for row in rows if row["sampling"] == "context"], RESULTS / "latency_accuracy.svg")
+    cifar = RESULTS / "cifar10_cpu.json"
+    if cifar.exists():
+        draw_accuracy(json.loads(cifar.read_text())["rows"], RESULTS / "cifar10_cpu.svg")
+
+
+def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against measured latency, one panel a model and batch, one line a method."""
+    panels = sorted({(row["model"], row["batch"]) for row in rows})
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.2), squeeze=False, layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axis, (model, batch) in zip(axes.flat, panels, strict=True):
+        mine = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
+        axis.axhline(100 * mine[0]["dense_accuracy"], color="#7a8896", linewidth=0.8, linestyle=":")
+        for method in methods:
+            points = sorted((row["measured_ms"] / row["dense_ms"], row["accuracy"]) for row in mine if row["method"] == method)
+            if points:
+                style = {"color": f"C{methods.index(method)}", "label": method, "marker": "o", "markersize": 4}
+                axis.plot([100 * x for x, _ in points], [100 * y for _, y in points], linewidth=1.2, **style)
+        axis.set(xlabel="measured latency, % of dense", ylabel="accuracy, %", title=f"{model}, batch {batch}")
+        axis.legend(fontsize=7, frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def draw_predictions(rows: list[dict[str, Any]], path: Path) -> None:
