@@ -1,6 +1,7 @@
 """The report: one page that needs nothing else, whose figures are well-formed and whose shares add up."""
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -113,6 +114,15 @@ def test_figures_are_xml_without_nan(explained):
         ElementTree.fromstring(figure)
         assert "nan" not in figure
         assert "inf" not in re.sub(r"aria-label=\"[^\"]*\"", "", figure)
+
+
+def test_the_figure_stands_alone(explained):
+    shares = explained[3]
+    figure = report.figure({**RESULT, "groups": [asdict(share) for share in shares]})
+    root = ElementTree.fromstring(figure)
+    texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {"budget 1 ms", "2 ms", "0.97 ms", shares[0].name} <= set(texts)
 
 
 def test_names_are_escaped():
