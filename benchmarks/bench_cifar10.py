@@ -88,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--search-epochs", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--subset", type=int, default=10000, help="images per epoch, the same for all methods")
+    parser.add_argument("--rounds", type=int, default=4, help="of the iterative method; more of them cost more")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
@@ -159,7 +160,7 @@ def iterative(
     The search's epochs are spent in the rounds' short trainings, and more of them where the rounds need more: that is
     the cost of the method, and `flow_s` counts it.
     """
-    goal, rounds = float(args.budget.rstrip("%")) / 100, 8
+    goal, rounds = float(args.budget.rstrip("%")) / 100, args.rounds
     dense_ms = measure(model, example, target=target).median_ms
     teacher, current, spent_steps = copy.deepcopy(model), copy.deepcopy(model), 0
     for turn in range(rounds):
