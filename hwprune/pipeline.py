@@ -369,7 +369,13 @@ class Pruning:
         return profile_program(self.program, self.target, opened, seconds=seconds, progress=self.progress)
 
     def _goal(self) -> Goal:
-        """Measure dense and floor, print what budgets buy, and refuse what cannot be met."""
+        """Measure dense and floor, print what budgets buy, and refuse what cannot be met.
+
+        A resumed run keeps the numbers that it began with, so that its search goes on under the same pull.
+        """
+        stored = self.run.done.get("frontier")
+        if stored is not None:
+            return Goal(self.budget, stored["dense_ms"], stored["floor_ms"], tuple(stored["frontier"]))
         groups = self.program.groups
         floor = resize(self.program, keep_first(groups, self.latency.least))
         dense_sample, floor_sample = self._race([self.program.module, floor], rounds=4)
@@ -396,6 +402,7 @@ class Pruning:
                     f"budget {self.budget} is below the floor: with every group at its least width "
                     f"{self.flops.floor / self.flops.dense:.1%} of the FLOPs remain; give at least that"
                 )
+            self._keep_goal(goal)
             return goal
         self.budget.resolve(goal.dense_ms)
         if goal.floor_ms > LAUNCH_BOUND * goal.dense_ms:
@@ -410,7 +417,12 @@ class Pruning:
                 f"model still takes {goal.floor_ms:.4g} of its {goal.dense_ms:.4g} ms; give at least "
                 f"{math.ceil(100 * goal.floor_ms / goal.dense_ms)}%"
             )
+        self._keep_goal(goal)
         return goal
+
+    def _keep_goal(self, goal: Goal) -> None:
+        frontier = [dict(row) for row in goal.frontier]
+        self.run.finish("frontier", dense_ms=goal.dense_ms, floor_ms=goal.floor_ms, frontier=frontier)
 
     def _frontier(self, floor: float) -> Iterator[dict[str, float]]:
         """The most channels that fit into each budget, by the prediction alone."""
@@ -419,7 +431,7 @@ class Pruning:
         for budget in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
             if budget <= floor or budget * self.latency.dense < self.latency.floor:
                 return
-            widths = allocate(self.latency, values, budget * float(self.latency.dense), method="greedy").widths
+            widths = allocate(self.latency, values, budget * self.latency.dense, time_limit_s=1).widths
             yield {
                 "budget": budget,
                 "channels": float(widths.sum() / groups.widths.sum()),
