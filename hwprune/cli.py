@@ -25,7 +25,7 @@ from hwprune.errors import HwpruneError, InvalidInput
 from hwprune.graph import trace
 from hwprune.latency import LatencyTable, Target, available_runtimes, fingerprint
 from hwprune.models import load_model
-from hwprune.search import METHODS, method_class
+from hwprune.search import DEFAULT_METHOD, METHODS, method_class
 from hwprune.train import Recipe
 
 app = typer.Typer(
@@ -223,13 +223,15 @@ def prune(
     ],
     budget: Annotated[str, typer.Option(help="2.4ms, 50% (of the dense latency) or 50%flops")] = "50%",
     weights: Weights = None,
-    method: Annotated[str, typer.Option(help="How keep ratios are learned; `hwprune methods` lists them.")] = "dsa",
+    method: Annotated[
+        str, typer.Option(help="How keep ratios are learned; `hwprune methods` lists them.")
+    ] = DEFAULT_METHOD,
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method.")] = None,
     guide: Annotated[str, typer.Option(help="What steers the search: ms or flops.")] = "ms",
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=0)] = 10,
     search_epochs: Annotated[int, typer.Option(help="Epochs with masks.", min=0)] = 10,
     dense_epochs: Annotated[int, typer.Option(help="Epochs of training the dense model first.", min=0)] = 0,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of every phase; 0.1 by default.")] = None,
     train_batch: Annotated[int, typer.Option(help="Images per training step.", min=2)] = 128,
     subset: Annotated[int | None, typer.Option(help="Train on so many images only.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

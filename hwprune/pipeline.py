@@ -31,7 +31,7 @@ from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, 
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
 from hwprune.nn import mask_
-from hwprune.search import Method, Search, SearchResult, method_class
+from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, method_class
 from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
 
 LAUNCH_BOUND = 0.8  # floor / dense above which widths no longer buy time
@@ -107,7 +107,7 @@ def prune(
     calibration_loader: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
     target: Target | None = None,
-    method: str = "dsa",
+    method: str = DEFAULT_METHOD,
     options: Mapping[str, Any] | None = None,
     guide: str = "ms",
     recipe: Recipe | None = None,
@@ -238,7 +238,12 @@ class Pruning:
 
     @contextmanager
     def search(
-        self, method: str | Method = "dsa", *, steps: int, options: Mapping[str, Any] | None = None, seed: int = 0
+        self,
+        method: str | Method = DEFAULT_METHOD,
+        *,
+        steps: int,
+        options: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> Iterator[Search]:
         """Masks on ``work.model``: the step hooks to call around every one of ``steps`` optimiser steps.
 
