@@ -89,7 +89,7 @@ class Plan:
             return wanted
         return np.array([line[np.abs(line - w).argmin()] for line, w in zip(self.ladders, wanted, strict=True)])
 
-    def corner(self, index: int, rng: np.random.Generator) -> Ints:
+    def corner(self, index: int) -> Ints:
         """Dense, least, then halves of the groups at either end, each with its complement."""
         full = self.program.groups.widths
         if index < 2:
@@ -240,10 +240,11 @@ class _Profiler:
         fits, calibrations = len(self.vectors), self.calibrations
         rng = np.random.default_rng([self.seed, fits, calibrations])
         wanted = np.interp(fits, [CORNERS, LEAST_FORWARDS, MOST_FORWARDS], [0, LEAST_CALIBRATIONS, CALIBRATIONS])
-        if calibrations < wanted:
-            return self.plan.random(rng, on_ladder=False), "calibration"
+        if calibrations < wanted:  # both ends first: an intercept is not to be extrapolated
+            ends = calibrations < 2
+            return self.plan.corner(calibrations) if ends else self.plan.random(rng, False), "calibration"
         if fits < CORNERS:
-            return self.plan.corner(fits, rng), "fit"
+            return self.plan.corner(fits), "fit"
         allowed = CELL_SHARE * self.plan.grid_cells - len(self.cells)
         candidates = [self.plan.random(rng, on_ladder=True) for _ in range(CANDIDATES)]
         candidates = [widths for widths in candidates if len(self.new_cells(widths)) <= allowed]
@@ -316,7 +317,8 @@ class _Profiler:
         }
         records = [] if times is None else self.segment_records(widths, times, common)
         whole = {"kind": "whole", **common, "widths": widths.tolist(), "role": role, **_summary(totals)}
-        whole |= {"took_s": round(took_s, 4)} | ({"settled": True} if self.settled else {})
+        whole |= {"took_s": round(took_s, 4), "sampling": self.sampling if self.clocked else "whole"}
+        whole |= {"settled": True} if self.settled else {}
         self.table.extend([*records, whole])
         self.note(widths, role, took_s)
         wanted = MOST_RETRIES * MOST_FORWARDS
@@ -598,7 +600,9 @@ def _knots(sizes: Floats, curves: Sequence[Floats]) -> Ints:
 def calibrate(model: CostModel, plan: Plan, table: LatencyTable) -> tuple[float, float, float]:
     """(scale, offset, residual) of ms = scale · Σ terms + offset, fitted to forwards the tables have not seen.
 
-    Relative errors, outliers and slow spells doubted. residual: robust relative standard deviation left.
+    Relative errors, outliers and slow spells doubted. Samples in context add up to the whole by construction, so their
+    sums at the dense and the least widths stand as one observation each: few or disturbed forwards tilt no line.
+    residual: robust relative standard deviation left.
     """
     quiet = quiet_levels_us(table)[plan.key]
     wholes = [r for r in table.of_program(plan.key) if r["role"] == "calibration"]
@@ -607,6 +611,9 @@ def calibrate(model: CostModel, plan: Plan, table: LatencyTable) -> tuple[float,
     measured = np.array([r["median_us"] for r in wholes]) / drift / 1e3
     sums = model.predict(np.array([r["widths"] for r in wholes], dtype=np.int64)) / model.scale
     doubt = np.array([_doubt(d) for d in drift])
+    if any(r.get("sampling") == "context" for r in table.of_program(plan.key)):
+        ends = model.predict(np.stack([model.full, model.least])) / model.scale
+        sums, measured, doubt = np.append(sums, ends), np.append(measured, ends / 1e3), np.append(doubt, [1.0, 1.0])
     weight = 1.0 / doubt
     for _ in range(4):
         design = np.stack([sums / measured, 1.0 / measured], axis=1) * weight[:, None]
