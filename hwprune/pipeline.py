@@ -31,7 +31,7 @@ from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, 
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
 from hwprune.nn import mask_
-from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, method_class
+from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, create, method_class
 from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
 
 LAUNCH_BOUND = 0.8  # floor / dense above which widths no longer buy time
@@ -141,6 +141,7 @@ def prune(
     Raises InvalidInput or InfeasibleBudget before any training when the budget cannot be met, UnsupportedModel when
     the model cannot be traced, TrainingDiverged, and BudgetMissed when the finished network measured above the budget.
     """
+    create(method, **(options or {}))  # an unknown method or option is said before anything is measured
     recipe = replace(recipe or Recipe(), seed=seed)
     work = Pruning(
         model,
