@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from hwprune import __version__, artifact, ops, pipeline
 from hwprune.data import load_data
@@ -318,6 +318,7 @@ def measure(
 ) -> None:
     """Measure one forward of a model, or of a pruned one, on this machine."""
     target = _target(device, runtime, dtype, memory_format, threads)
+    network: nn.Module
     spec = artifact.read_spec(model) if Path(model).is_dir() else None
     if spec is not None:
         example = spec.example_inputs()
