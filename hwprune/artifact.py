@@ -144,7 +144,7 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module] | None = Non
     folder = Path(folder)
     spec, files = _read(folder)
     if model_factory is None:
-        module = _exported(folder, files).module()
+        module: nn.Module = _exported(folder, files).module()
         for name in ("train", "eval"):  # they raise, also for the mode that the program is in
             module.__dict__.pop(name, None)
         return module
