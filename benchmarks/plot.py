@@ -38,7 +38,8 @@ def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
         mine = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
         axis.axhline(100 * mine[0]["dense_accuracy"], color="#7a8896", linewidth=0.8, linestyle=":")
         for method in methods:
-            points = sorted((row["measured_ms"] / row["dense_ms"], row["accuracy"]) for row in mine if row["method"] == method)
+            chosen = [row for row in mine if row["method"] == method]
+            points = sorted((row["measured_ms"] / row["dense_ms"], row["accuracy"]) for row in chosen)
             if points:
                 style = {"color": f"C{methods.index(method)}", "label": method, "marker": "o", "markersize": 4}
                 axis.plot([100 * x for x, _ in points], [100 * y for _, y in points], linewidth=1.2, **style)
