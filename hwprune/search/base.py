@@ -143,13 +143,21 @@ def worth(cost: CostModel, widths: Tensor) -> list[NDArray[np.float64]]:
     There, one channel more is worth what it costs: λ d cost / dw. The concave utility w (d cost / dw) log(n / w) has
     that slope at n = w in every group, λ aside, so maximising it under the same budget reproduces the learned widths;
     plateaus, rounding and a tighter budget bend all of them in proportion to their size. (Reconstruction.)
+
+    The slope is the mean one, from the least to the full width of the group. The local one is 0 on a plateau: groups
+    that a search had kept whole, because nothing is gained by thinning them, then counted as worthless and were crushed
+    first (resnet20, batch 32, half of its latency: 67 % after two epochs of fine-tuning, and 77 % so after one).
     """
-    learned = widths.detach().double().cpu()
-    _, slope = cost.value_and_grad(learned)
-    share = (slope.double().cpu().clamp_min(0) * learned).numpy()  # [G] in the unit of the cost
-    # Where the smoothed cost is flat, width is free but not worthless.
-    share = np.maximum(share, 1e-3 * share.mean()) if share.any() else np.ones_like(share)
-    return [part * np.log(cost.levels(g) / float(w)) for g, (part, w) in enumerate(zip(share, learned, strict=True))]
+    learned = widths.detach().double().cpu().numpy()  # [G]
+    groups = np.arange(cost.groups)
+    least, full = (np.array([cost.levels(g)[at] for g in range(cost.groups)], dtype=np.int64) for at in (0, -1))
+    rounded = np.clip(np.round(learned).astype(np.int64), least, full)
+    low, high = np.repeat(rounded[None], 2 * len(groups), 0).reshape(2, len(groups), len(groups))  # [G, G] each
+    low[groups, groups], high[groups, groups] = least, full
+    rise = np.maximum(np.asarray(cost.price(high)) - np.asarray(cost.price(low)), 0.0)
+    share = rise / np.maximum(full - least, 1) * learned  # [G] in the unit of the cost
+    share = np.maximum(share, 0.1 * share.mean()) if share.any() else np.ones_like(share)
+    return [part * np.log(cost.levels(g) / w) for g, (part, w) in enumerate(zip(share, learned, strict=True))]
 
 
 def method_class(name: str) -> type[Method]:
