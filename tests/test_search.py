@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwprune import ops
+from hwprune.allocator import allocate
 from hwprune.budget import BudgetController
 from hwprune.errors import InfeasibleBudget, InvalidInput
 from hwprune.graph import keep_top, resize, trace
@@ -422,6 +423,17 @@ def test_worth_rises_with_the_width_even_where_the_cost_is_flat():
     cost = staircase((8, 8), (1.0, 0.0))
     values = worth(cost, torch.tensor([4.0, 4.0]))
     assert all((np.diff(value) > 0).all() for value in values)
+
+
+def test_a_group_kept_whole_on_a_plateau_is_not_crushed():
+    """Group 0 costs nothing more above width 8, where the search stands; below, it is the dearest of the two."""
+    knots = np.arange(1, 17)
+    steep = np.minimum(knots, 8.0)
+    axes = (CostAxis(np.array([0]), np.array([1]), 0, knots), CostAxis(np.array([1]), np.array([1]), 0, knots))
+    terms = (CostTerm("flat above", (0,), steep), CostTerm("linear", (1,), 0.5 * knots))
+    cost = CostModel("ms", np.array([16, 16]), axes, terms)
+    values = worth(cost, torch.tensor([15.0, 4.0]))
+    assert allocate(cost, values, 11.0).widths[0] == 16
 
 
 # -- uniform
