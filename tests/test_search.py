@@ -426,14 +426,15 @@ def test_worth_rises_with_the_width_even_where_the_cost_is_flat():
 
 
 def test_a_group_kept_whole_on_a_plateau_is_not_crushed():
-    """Group 0 costs nothing more above width 8, where the search stands; below, it is the dearest of the two."""
+    """Where the search stands, group 0 costs nothing more above width 8: its local slope is 0, its mean one is not."""
     knots = np.arange(1, 17)
-    steep = np.minimum(knots, 8.0)
-    axes = (CostAxis(np.array([0]), np.array([1]), 0, knots), CostAxis(np.array([1]), np.array([1]), 0, knots))
-    terms = (CostTerm("flat above", (0,), steep), CostTerm("linear", (1,), 0.5 * knots))
-    cost = CostModel("ms", np.array([16, 16]), axes, terms)
-    values = worth(cost, torch.tensor([15.0, 4.0]))
-    assert allocate(cost, values, 11.0).widths[0] == 16
+    axes = tuple(CostAxis(np.array([g]), np.array([1]), 0, knots) for g in (0, 1))
+    x, y = np.meshgrid(knots.astype(float), knots.astype(float), indexing="ij")
+    table = np.where(y <= 8, np.minimum(x, 8), x) + 0.5 * y
+    cost = CostModel("ms", np.array([16, 16]), axes, (CostTerm("pair", (0, 1), table),))
+    learned = torch.tensor([15.0, 4.0])
+    assert cost.value_and_grad(learned)[1][0] == 0
+    assert allocate(cost, worth(cost, learned), 11.0).widths[0] == 16
 
 
 # -- uniform
