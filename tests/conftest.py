@@ -1,10 +1,14 @@
 """What all tests share: seeds, one thread, memory that starts as NaN, and a torchvision that imports."""
 
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+# A shell starts what it puts in the background with Ctrl-C ignored; tests that press it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _torchvision_schemas() -> torch.library.Library | None:
