@@ -149,7 +149,8 @@ def torch_pruning(
     recalibrate(module, data.train, batches=50)
     total = replace(recipe, epochs=args.search_epochs + args.epochs)
     fit(module, data.train, total, teacher=copy.deepcopy(model), description="torch-pruning")
-    return finished(model, module, example, data, target, limit / dense_ms) | {"pruning_ratio": best[1], "round_to": best[2]}
+    row = finished(model, module, example, data, target, limit / dense_ms)
+    return row | {"pruning_ratio": best[1], "round_to": best[2]}
 
 
 def iterative(

@@ -8,9 +8,9 @@ Each row of `results/latency_accuracy.json` is one model, batch, thread count an
 profiled, then random width vectors that the profile did not see are measured end to end, twice, in different random
 orders, the dense network beside each as the reference, whose level during the profile is the level of both. Errors are
 of the prediction against the mean of both measurements; the difference between the two is the machine's own.
-`machine_drift` is the dense network's time during the check over that during the profile: where it is not 1, the machine
-was slower or faster, and `median_error_undivided` is the error that is left when nothing is divided out. A row replaces
-the one of the same name.
+`machine_drift` is the dense network's time during the check over that during the profile: where it is not 1, the
+machine was slower or faster, and `median_error_undivided` is the error that is left when nothing is divided out. A row
+replaces the one of the same name.
 """
 
 import argparse
@@ -127,7 +127,8 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
         print(
             f"{row['name']}: median error {row['median_error']:.2%}, 95 % within {row['p95_error']:.2%}, "
             f"{row['within_10_percent']:.0%} within 10 %; repeat {row['median_repeat']:.2%} / {row['p95_repeat']:.2%}; "
-            f"sum/whole {row['sum_over_whole']:.3f}; drift {drift:.3f}; dense {row['dense_ms']} ms, floor {row['floor_ms']} ms; "
+            f"sum/whole {row['sum_over_whole']:.3f}; drift {drift:.3f}; "
+            f"dense {row['dense_ms']} ms, floor {row['floor_ms']} ms; "
             f"{row['forwards']} forwards, {row['cell_share']:.1%} of cells, {row['profile_wall_s']} s",
             flush=True,
         )

@@ -5,6 +5,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ def main() -> None:
 
 
 def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against measured latency, one panel a model and batch, one line a method."""
-    panels = sorted({(row["model"], row["batch"]) for row in rows})
+    """Accuracy against measured latency, one panel a model and batch with something to compare, one line a method."""
+    counts = Counter((row["model"], row["batch"]) for row in rows)
+    panels = sorted(panel for panel, count in counts.items() if count > 1)
+    rows = [row for row in rows if (row["model"], row["batch"]) in panels]
+    if not rows:
+        return
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.2), squeeze=False, layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for axis, (model, batch) in zip(axes.flat, panels, strict=True):
