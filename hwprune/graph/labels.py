@@ -123,7 +123,7 @@ class Labels:
 
     def varying(self, labels: Tensor) -> list[int]:
         """The dims along which the component changes."""
-        return _varying(self.canon(_core(labels)))
+        return _varying(self.canon(core_of(labels)))
 
     def line(self, labels: Tensor, dim: int) -> Tensor:
         """The labels along one dim, the others taken at 0. [size of dim]"""
@@ -147,7 +147,7 @@ def propagate(module: fx.GraphModule, attention: str = "heads") -> Labels:
             return run.labels
 
 
-def _core(labels: Tensor) -> Tensor:
+def core_of(labels: Tensor) -> Tensor:
     """The label tensor with every stride-0 dim narrowed to length 1."""
     for dim in range(labels.ndim):
         if labels.stride(dim) == 0 and labels.shape[dim] > 1:
@@ -222,11 +222,11 @@ _BORN = {
     "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like",
     "full_like", "empty_like", "rand_like", "randn_like", "scalar_tensor",
 }  # fmt: skip
-_CONVS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+CONVS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 
 # Where a parameter stands as a weight: operator -> argument names. Anywhere else it is data.
 _WEIGHTS = {
-    **dict.fromkeys(_CONVS, ("weight", "bias")),
+    **dict.fromkeys(CONVS, ("weight", "bias")),
     "linear": ("weight", "bias"),
     "batch_norm": ("weight", "bias", "running_mean", "running_var"),
     "instance_norm": ("weight", "bias", "running_mean", "running_var"),
@@ -240,7 +240,7 @@ _WEIGHTS = {
     "addmm": ("mat2",),
 }
 
-CONTRACTIONS = set(_CONVS) | {
+CONTRACTIONS = set(CONVS) | {
     "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention", "embedding",
 }  # fmt: skip
 
@@ -255,7 +255,7 @@ class _Run:
         self.weights = _weight_parameters(labels.module)
         self.data_left = MOST_DATA
         self.rules: dict[str, Callable[[fx.Node, dict[str, Any]], Any]] = {
-            **dict.fromkeys(_CONVS, self.convolution),
+            **dict.fromkeys(CONVS, self.convolution),
             **dict.fromkeys(_POOLS, self.pool),
             **dict.fromkeys(_REDUCTIONS, self.reduction),
             **dict.fromkeys(_ALONG, self.along),
@@ -301,7 +301,7 @@ class _Run:
             elif node.op == "output":
                 for result in node.all_input_nodes:
                     for value in _tensors(self.labels.values[result]):
-                        self.coupling.freeze(_core(value), Cause("output", "it is what the model returns"))
+                        self.coupling.freeze(core_of(value), Cause("output", "it is what the model returns"))
             else:
                 self.labels.values[node] = self.call(node)
 
@@ -327,7 +327,7 @@ class _Run:
         if isinstance(result, Tensor):
             result = self.lazy(result)
             assert result.shape == shape_of(node), f"{node}: labels {tuple(result.shape)}, value {shape_of(node)}"
-            if sum(size > 1 for size in _core(result).shape) > 1:
+            if sum(size > 1 for size in core_of(result).shape) > 1:
                 self.boxes.append(result)
         elif isinstance(result, (list, tuple)):
             self.boxes.extend(part for part in result if isinstance(part, Tensor))
@@ -348,7 +348,7 @@ class _Run:
 
     def lazy(self, labels: Tensor) -> Tensor:
         """Dims in which the component does not change, back to stride 0."""
-        core = _core(labels)
+        core = core_of(labels)
         varying = self.labels.varying(core) if core.numel() > 1 else []
         for dim in range(core.ndim):
             if dim not in varying and core.shape[dim] > 1:
@@ -364,7 +364,7 @@ class _Run:
 
     def unite_along(self, labels: Tensor, dims: Iterable[int], cause: Cause) -> Tensor:
         """Make the labels constant along `dims`; returns them so."""
-        core = _core(labels)
+        core = core_of(labels)
         for dim in dims:
             if core.shape[dim] > 1:
                 first = core.narrow(dim, 0, 1)
@@ -420,7 +420,7 @@ class _Run:
     # -- contractions
 
     def convolution(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
-        cause, rank = Cause(operator_of(node), "its weight is computed in the forward"), _CONVS[operator_of(node)]
+        cause, rank = Cause(operator_of(node), "its weight is computed in the forward"), CONVS[operator_of(node)]
         transposed, groups = "transpose" in operator_of(node), given["groups"]
         x = self.value(given["input"])
         out_shape, weight_shape = shape_of(node), shape_of(given["weight"])
@@ -497,8 +497,8 @@ class _Run:
         rows, columns = self.labels.varying(a[..., :, 0]), self.labels.varying(b[..., 0, :])
         m_varies, n_varies = a.ndim - 2 in rows, b.ndim - 2 in columns
         if m_varies and n_varies:
-            self.coupling.freeze(_core(a), cause)
-            self.coupling.freeze(_core(b), cause)
+            self.coupling.freeze(core_of(a), cause)
+            self.coupling.freeze(core_of(b), cause)
             return self.frozen((*batch, m, n))
         if m_varies:
             return a[..., :, :1].expand(*batch, m, n)
@@ -563,13 +563,13 @@ class _Run:
             inner = []
         if not inner:
             return x
-        self.labels.normalised.append((_core(x), operator_of(node)))
+        self.labels.normalised.append((core_of(x), operator_of(node)))
         for name in ("weight", "bias"):
             if isinstance(given.get(name), fx.Node):
                 if rank == 1:
                     self.vector(given[name], self.unite_line(x, -1, cause), "norm", cause)
                 else:
-                    self.coupling.freeze(_core(x), cause)
+                    self.coupling.freeze(core_of(x), cause)
         return x
 
     def group_norm(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
@@ -619,9 +619,9 @@ class _Run:
         # no dim is shared: one may shrink along what the other merely broadcasts, and only if that one does not
         a_free, b_free = varies_a <= small_b, varies_b <= small_a
         if varies_a and (not a_free or (varies_b and b_free)):
-            self.coupling.freeze(_core(a), cause)
+            self.coupling.freeze(core_of(a), cause)
         if varies_b and (not b_free or (varies_a and a_free)):
-            self.coupling.freeze(_core(b), cause)
+            self.coupling.freeze(core_of(b), cause)
         return (a if self.labels.varying(a) else b).expand(both)
 
     def copy(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
@@ -649,11 +649,11 @@ class _Run:
         if any(dim not in over for dim in varying):
             reduced = self.unite_along(x, over, cause)
         elif varying and name not in _SUMS:
-            self.coupling.freeze(_core(x), cause)
+            self.coupling.freeze(core_of(x), cause)
         elif varying and name == "mean":
             self.labels.pinned[node] = math.prod(x.shape[dim] for dim in over)
         elif varying and name in ("linalg_vector_norm", "norm") and given.get("ord", given.get("p", 2)) not in (1, 2):
-            self.coupling.freeze(_core(x), cause)
+            self.coupling.freeze(core_of(x), cause)
         if varying and all(dim in over for dim in varying):
             reduced = self.frozen(x.shape)
         kept = reduced[tuple(slice(0, 1) if dim in over else slice(None) for dim in range(x.ndim))]
@@ -671,7 +671,7 @@ class _Run:
         if any(dim not in over for dim in varying):
             return self.unite_along(x, over, cause)
         if varying:
-            self.coupling.freeze(_core(x), cause)
+            self.coupling.freeze(core_of(x), cause)
         return x
 
     def pool(self, node: fx.Node, given: dict[str, Any]) -> Any:
@@ -697,7 +697,7 @@ class _Run:
         lead = len(shape) - x.ndim
         spread = [dim for dim, size in enumerate(shape) if size > 1 and (dim < lead or x.shape[dim - lead] == 1)]
         result: Tensor = x.expand(shape)
-        if len(spread) == 1 and spread[0] > 0 and not bool(self.labels.canon(_core(x)).any()):
+        if len(spread) == 1 and spread[0] > 0 and not bool(self.labels.canon(core_of(x)).any()):
             line = self.fresh(node, "copies", shape[spread[0]])
             result = line.view([-1 if dim == spread[0] else 1 for dim in range(len(shape))]).expand(shape)
             other = given.get("other")
@@ -732,19 +732,19 @@ class _Run:
         along = [dim for dim in varying if dim in padded]
         mirrors = given.get("mode", "constant") != "constant"
         if along and (mirrors or any(amount < 0 for amount in pads)):
-            self.coupling.freeze(_core(x), Cause(operator_of(node), "it mirrors or crops channels"))
+            self.coupling.freeze(core_of(x), Cause(operator_of(node), "it mirrors or crops channels"))
             return self.frozen(shape)
         if not along:
-            return _core(self.unite_along(x, padded, Cause("pad", "positions of one channel"))).expand(shape)
+            return core_of(self.unite_along(x, padded, Cause("pad", "positions of one channel"))).expand(shape)
         for dim in along:  # channels of the fill are born here, and live as long as what they are added to
             before, after = pads[2 * (x.ndim - 1 - dim)], pads[2 * (x.ndim - 1 - dim) + 1]
-            x = _core(x)
+            x = core_of(x)
             sides = []
             for side, amount in (("before", before), ("after", after)):
                 line = self.fresh(node, (dim, side), amount).view([-1 if d == dim else 1 for d in range(x.ndim)])
                 sides.append(line.expand([amount if d == dim else size for d, size in enumerate(x.shape)]))
             x = torch.cat([sides[0], x, sides[1]], dim)
-        return _core(x).expand(shape)
+        return core_of(x).expand(shape)
 
     def birth(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         shape = shape_of(node)
@@ -772,7 +772,7 @@ class _Run:
     def index(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         x = self.value(given["self"])
         if any(not self.is_constant(index) for index in given["indices"] if index is not None):
-            self.coupling.freeze(_core(x), Cause("index", "where it reads is known only at run time"))
+            self.coupling.freeze(core_of(x), Cause("index", "where it reads is known only at run time"))
             return self.frozen(shape_of(node))
         indices = [None if index is None else self.constant(index) for index in given["indices"]]
         dims = [dim for dim, index in enumerate(indices) if index is not None]
@@ -784,7 +784,7 @@ class _Run:
     def index_select(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         x = self.value(given["self"])
         if not self.is_constant(given["index"]):
-            self.coupling.freeze(_core(x), Cause("index_select", "where it reads is known only at run time"))
+            self.coupling.freeze(core_of(x), Cause("index_select", "where it reads is known only at run time"))
             return self.frozen(shape_of(node))
         return x.index_select(given["dim"], self.constant(given["index"]))
 
@@ -820,7 +820,7 @@ class _Run:
     def freeze_operands(self, node: fx.Node, cause: Cause) -> None:
         for operand in node.all_input_nodes:
             for labels in _tensors(self.value(operand)):
-                self.coupling.freeze(_core(labels), cause)
+                self.coupling.freeze(core_of(labels), cause)
         self.freeze_weights(node, cause, everywhere=True)
 
     def freeze_weights(self, node: fx.Node, cause: Cause, everywhere: bool = False) -> None:

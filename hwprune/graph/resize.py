@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from hwprune.graph.labels import (
-    _CONVS,
+    CONVS,
     Labels,
-    _core,
     bound_arguments,
+    core_of,
     operator_attribute,
     operator_of,
     shape_of,
@@ -60,7 +60,7 @@ class Resizer:
 
     def kept_line(self, labels: Tensor, dim: int) -> Tensor:
         """Which positions along `dim` stay. bool [size of dim]"""
-        core = _core(labels)
+        core = core_of(labels)
         dim %= core.ndim
         alive = self.alive[self.labels.canon(core)]
         if alive.shape[dim] == 1:
@@ -178,8 +178,8 @@ class Resizer:
             return {"normalized_shape": self.kept(x)[-len(given["normalized_shape"]) :]}
         if name == "group_norm" and node in self.labels.pinned:
             return {"num_groups": self.kept(x)[1]}
-        if name in _CONVS and given["groups"] > 1:
-            weight, rank = shape_of(given["weight"]), _CONVS[name]
+        if name in CONVS and given["groups"] > 1:
+            weight, rank = shape_of(given["weight"]), CONVS[name]
             channel = x.ndim - rank - 1
             if x.shape[channel] == given["groups"] and (weight[1] == 1):
                 return {"groups": int(self.kept_line(x, channel).sum())}

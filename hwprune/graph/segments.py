@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from hwprune.graph.groups import Groups, Ints
-from hwprune.graph.labels import _CONVS, CONTRACTIONS, Labels, bound_arguments, operator_of, shape_of
+from hwprune.graph.labels import CONTRACTIONS, CONVS, Labels, bound_arguments, operator_of, shape_of
 from hwprune.graph.trace import Program
 
 MOST_AXES = 2
@@ -181,7 +181,7 @@ class _Cutter:
     def describe(self, nodes: list[fx.Node]) -> str:
         first, name = nodes[0], operator_of(nodes[0])
         text = name
-        if name in _CONVS:
+        if name in CONVS:
             given = bound_arguments(first)
             weight = shape_of(given["weight"])
             text += f" {'x'.join(map(str, weight[2:]))}"
@@ -204,10 +204,10 @@ class _Cutter:
         given = bound_arguments(node)
         out = shape_of(node)
         values = self.labels.values
-        if name in _CONVS or name in ("linear", "addmm"):
+        if name in CONVS or name in ("linear", "addmm"):
             x = values[given["input"] if "input" in given else given["mat1"]]
             weight = given.get("weight", given.get("mat2"))
-            channel = x.ndim - _CONVS[name] - 1 if name in _CONVS else x.ndim - 1
+            channel = x.ndim - CONVS[name] - 1 if name in CONVS else x.ndim - 1
             groups = given.get("groups", 1)
             spatial = math.prod(shape_of(weight)[2:])
             pixels = math.prod(x.shape[channel + 1 :] if "transpose" in name else out[channel + 1 :])

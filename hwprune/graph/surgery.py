@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from hwprune.errors import InvalidInput
-from hwprune.graph.labels import _CONVS, MOVEMENT, RESHAPES, bound_arguments, operator_of, shape_of
+from hwprune.graph.labels import CONVS, MOVEMENT, RESHAPES, bound_arguments, operator_of, shape_of
 from hwprune.graph.resize import Resizer
 from hwprune.graph.trace import Program, get_tensor, inference_mode_of
 
@@ -165,7 +165,7 @@ def _figures(dense: fx.Node, small: fx.Node) -> list[_Figure]:
     if not isinstance(dense.target, torch._ops.OpOverload) or not isinstance(small.target, torch._ops.OpOverload):
         return []
     name, before, after = operator_of(dense), bound_arguments(dense), bound_arguments(small)
-    if name in _CONVS:
+    if name in CONVS:
         return [_Figure(before["groups"], after["groups"], inner=False)]
     if dense.target is not small.target:
         return _split_figures(dense, list(after["split_sizes"]))
