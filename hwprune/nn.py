@@ -113,6 +113,28 @@ class Masked:
             mask = torch.cat([mask, mask.new_ones(1)])
         self._parts.vectors = torch.split(mask.index_select(0, self._index), self._sizes)
 
+    @torch.no_grad()
+    def absorb_(self, mask: Tensor) -> None:
+        """Multiply a flat mask ``[ΣC]`` into the stored parameters for good, and let every channel count fully.
+
+        The network computes the same as it did under the mask: exact, wherever the mask acts. Tied parameters are
+        multiplied once.
+        """
+        self.set(mask)
+        done: set[int] = set()
+        for module in self.model.modules():
+            for name in module.__dict__.get(_SITES, {}):
+                if name == _OUTPUT:
+                    raise UnsupportedModel(
+                        f"a {type(module).__bases__[1].__name__} without weight and bias has nothing that could absorb "
+                        "its mask; give it affine=True"
+                    )
+                stored = module._parameters[name] if name in module._parameters else module._buffers[name]
+                if stored is not None and id(stored) not in done:
+                    stored.copy_(getattr(module, name))
+                    done.add(id(stored))
+        self.set(None)
+
     def unmask_(self) -> nn.Module:
         """Take the masks out again; returns the network as it was, with its current weights."""
         return unmask_(self.model)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hwprune.errors import InvalidInput, UnsupportedModel
 from hwprune.graph import keep_top, resize, trace
+from hwprune.models import load_model
 from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, unmask_
 
 
@@ -298,3 +299,15 @@ def test_convolutions_name_what_they_cannot_do():
     for columns in ([0, 36], [3, 2], [1, 1], [-1, 4]):
         with pytest.raises(InvalidInput, match="ascending"):
             ColumnPrunedConv2d.from_conv(nn.Conv2d(4, 4, 3), torch.tensor(columns))
+
+
+def test_absorbed_masks_leave_the_output_and_free_the_network():
+    """Gates multiplied into the parameters for good compute what the mask did."""
+    model, x = load_model("resnet8", classes=10).eval(), torch.randn(2, 3, 32, 32)
+    groups = trace(model, (x,)).groups
+    masked, mask = mask_(model, groups), torch.rand(groups.total).round(decimals=1)
+    masked.set(mask)
+    before = model(x)
+    masked.absorb_(mask)
+    assert torch.equal(model(x), before)
+    assert torch.equal(masked.unmask_()(x), before)

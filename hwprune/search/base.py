@@ -6,7 +6,8 @@ masks, the cost model and the budget controller, so that they can be compared at
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,14 +22,97 @@ from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.latency import CostModel
-from hwprune.nn import mask_
+from hwprune.nn import Masked, mask_
 from hwprune.train import LossFn, Recipe, fit
 
 METHODS: dict[str, str] = {
+    "csr": "hwprune.search.csr:CSR",
+    "dais": "hwprune.search.dais:DAIS",
+    "ddpnas": "hwprune.search.ddpnas:DDPNAS",
     "dsa": "hwprune.search.dsa:DSA",
+    "gdp": "hwprune.search.gdp:GDP",
+    "increg": "hwprune.search.increg:IncReg",
+    "iterative": "hwprune.search.iterative:Iterative",
+    "knapsack": "hwprune.search.knapsack:Knapsack",
+    "magnitude": "hwprune.search.magnitude:Magnitude",
+    "psap": "hwprune.search.psap:PSAP",
+    "ss_auto": "hwprune.search.ss_auto:SSAuto",
     "uniform": "hwprune.search.uniform:Uniform",
 }
 DEFAULT_METHOD = "dsa"
+
+
+class HeldOut:
+    """Images that the weights are not trained on, for methods that learn or choose on others than the weights do.
+
+    Args:
+        masked: the network under its masks. loader: ``(inputs, targets)`` batches, begun again when they run out.
+        loss_fn: ``(output, targets) -> scalar``; cross entropy by default.
+    """
+
+    def __init__(self, masked: Masked, loader: Iterable[Any], loss_fn: LossFn | None = None) -> None:
+        self._masked, self._loader = masked, loader
+        self._loss_fn = loss_fn or nn.functional.cross_entropy
+        self._batches: Iterator[Any] | None = None
+        self.drawn = 0  # batches given so far: what a checkpoint needs
+
+    def batch(self) -> tuple[Any, Any]:
+        """The next batch, on the device of the network."""
+        device = next((parameter.device for parameter in self._masked.model.parameters()), torch.device("cpu"))
+        for _ in range(2):
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            for inputs, targets in self._batches:
+                self.drawn += 1
+                return inputs.to(device), targets.to(device)
+            self._batches = None
+        raise InvalidInput("the held-out loader yields no batch; give one with images, or a smaller batch size")
+
+    def loss(self, mask: Tensor | None) -> Tensor:
+        """The loss on the next batch under a mask [ΣC], differentiable to it. []
+
+        Batch norms use the batch's statistics and leave their running ones alone.
+        """
+        inputs, targets = self.batch()
+        self._masked.set(mask)
+        with batch_statistics(self._masked.model):
+            return self._loss_fn(self._masked.model(inputs), targets)
+
+    @torch.no_grad()
+    def accuracy(self, mask: Tensor | None, batches: int = 1) -> float:
+        """Share of the next batches' images that are classified rightly under a mask [ΣC], 0 to 1; see :meth:`loss`."""
+        right = total = 0
+        self._masked.set(mask)
+        with batch_statistics(self._masked.model):
+            for _ in range(batches):
+                inputs, targets = self.batch()
+                right += int((self._masked.model(inputs).argmax(-1) == targets).sum())
+                total += targets.numel()
+        return right / total
+
+    def skip_to(self, drawn: int) -> None:
+        """Draw batches until ``drawn`` have been given, as a resumed search must."""
+        while self.drawn < drawn:
+            self.batch()
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but batch norms normalise by the batch; running statistics stay as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracked = [(norm, norm.track_running_stats, norm.running_mean, norm.running_var) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    try:
+        yield
+    finally:
+        for norm, tracks, mean, var in tracked:
+            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, var
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass
@@ -36,7 +120,7 @@ class Context:
     """What a method is given to work with.
 
     Attributes:
-        model: the network, with masks in place; its parameters are the user's own.
+        model: the network, with masks in place; its parameters are the user's own. masked: the handle of the masks.
         groups: the coupled channels. G groups, ΣC channels.
         cost: prices widths; milliseconds or FLOPs.
         controller: says how strongly the budget pulls.
@@ -45,9 +129,11 @@ class Context:
         device: where flat arrays live.
         minimum: [G] int64, the least width of each group.
         maximum: [G] int64, the greatest; equal to ``minimum`` for groups pinned by the user.
+        held_out: batches beside those that train the weights; ``None`` where the user gave none.
     """
 
     model: nn.Module
+    masked: Masked
     groups: Groups
     cost: CostModel
     controller: BudgetController
@@ -56,6 +142,7 @@ class Context:
     device: torch.device
     minimum: NDArray[np.int64]
     maximum: NDArray[np.int64]
+    held_out: HeldOut | None = None
 
     def rounded(self, widths: Tensor) -> NDArray[np.int64]:
         """Integer widths next to the real ones, within [minimum, maximum]. [G]"""
@@ -67,17 +154,23 @@ class Method(ABC):
     """One way to find widths. A subclass is one file in ``hwprune/search`` and one line in ``METHODS``.
 
     Order of calls: ``setup`` once; for every training step ``masks``, forward, backward, ``after_backward``, optimiser,
-    ``after_step``; at the end ``widths`` and ``ranking``. Constructor arguments are the options a user may give.
+    ``after_step``; at the end ``finish``, ``widths`` and ``ranking``. Constructor arguments are the options that a user
+    may give.
 
     Attributes:
         name: key in ``METHODS``. summary: one line for the help. source: the paper, or "reconstruction".
         straight_through: masked parameters get the gradient that they would have unmasked.
+        fills_budget: the allocation may use the whole budget; otherwise ``widths`` are an upper limit of their own.
+        refits: before the cut, the consumers of the kept channels are refitted by least squares to make up for the
+            others (see :mod:`hwprune.refit`), unless the user says otherwise.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    refits: ClassVar[bool] = False
     straight_through: bool = False
+    fills_budget: bool = True
     context: Context
 
     def setup(self, context: Context) -> None:
@@ -93,6 +186,9 @@ class Method(ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027
         """The optimiser has stepped."""
+
+    def finish(self) -> None:  # noqa: B027
+        """The last step is done, and the masks are still in: weights may be changed for good."""
 
     @abstractmethod
     def widths(self) -> Tensor:
@@ -186,12 +282,13 @@ class SearchResult:
     """What a search found, for ``method_class(name).allocate``.
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
-    per recorded step.
+    per recorded step. fills_budget: see :class:`Method`.
     """
 
     widths: Tensor
     ranking: Tensor
     log: list[dict[str, float]] = field(repr=False)
+    fills_budget: bool = True
 
 
 class Search:
@@ -214,6 +311,8 @@ class Search:
         options: arguments of the method, when it is given by name.
         seed: of everything random in the search.
         minimum: [G] least widths, at least one each. pinned: group index -> width that it must have.
+        held_out: batches ``(inputs, targets)`` that the weights do not train on, for methods that use such; ``loss_fn``
+            is their loss.
         log_every: a row of ``history`` is recorded at multiples of this step.
     """
 
@@ -230,6 +329,8 @@ class Search:
         *,
         minimum: NDArray[np.int64] | None = None,
         pinned: Mapping[int, int] | None = None,
+        held_out: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
         log_every: int = 20,
     ) -> None:
         self.method = create(method, **(options or {})) if isinstance(method, str) else method
@@ -239,8 +340,11 @@ class Search:
         generator = torch.Generator(device)
         generator.manual_seed(seed)
         lowest, highest = bounds(groups, cost, minimum, pinned or {})
-        self.context = Context(model, groups, cost, controller, steps, generator, device, lowest, highest)
         self._masked = mask_(model, groups)
+        beside = None if held_out is None else HeldOut(self._masked, held_out, loss_fn)
+        self.context = Context(
+            model, self._masked, groups, cost, controller, steps, generator, device, lowest, highest, beside
+        )
         try:
             self.method.setup(self.context)
         except BaseException:
@@ -267,6 +371,7 @@ class Search:
             "method": self.method.state_dict(),
             "controller": dict(self.context.controller.state_dict()),
             "generator": self.context.generator.get_state(),
+            "held_out": self.context.held_out.drawn if self.context.held_out else 0,
             "history": [dict(row) for row in self.history],
         }
 
@@ -275,6 +380,8 @@ class Search:
         self.method.load_state_dict(state["method"])
         self.context.controller.load_state_dict(state["controller"])
         self.context.generator.set_state(state["generator"].cpu())
+        if self.context.held_out:
+            self.context.held_out.skip_to(state["held_out"])
         self.history = [dict(row) for row in state["history"]]
 
     def widths(self) -> Tensor:
@@ -292,7 +399,7 @@ class Search:
     def result(self) -> SearchResult:
         """What has been found so far."""
         widths, ranking = self.widths().detach().double().cpu(), self.ranking().detach().float().cpu()
-        return SearchResult(widths, ranking, [dict(row) for row in self.history])
+        return SearchResult(widths, ranking, [dict(row) for row in self.history], self.method.fills_budget)
 
     def close(self) -> None:
         """Take the masks out of the network; the search can still be asked for its result."""
@@ -301,8 +408,12 @@ class Search:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                self.method.finish()
+        finally:
+            self.close()
 
 
 def search(
@@ -318,6 +429,7 @@ def search(
     options: Mapping[str, Any] | None = None,
     minimum: NDArray[np.int64] | None = None,
     pinned: Mapping[int, int] | None = None,
+    held_out: Iterable[Any] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -326,7 +438,7 @@ def search(
 
     Args:
         budget: in the unit of ``cost``; it is approached linearly over the first half of the steps.
-        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length.
+        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length. held_out: see :class:`Search`.
         checkpoint, resume: a file that continues an interrupted search, weights and optimiser included.
 
     Raises:
@@ -335,7 +447,18 @@ def search(
     steps = recipe.epochs * len(loader)  # type: ignore[arg-type]
     controller = BudgetController(budget, cost.dense, ramp_steps=steps // 2)
     with Search(
-        method, model, groups, cost, controller, steps, options, recipe.seed, minimum=minimum, pinned=pinned
+        method,
+        model,
+        groups,
+        cost,
+        controller,
+        steps,
+        options,
+        recipe.seed,
+        minimum=minimum,
+        pinned=pinned,
+        held_out=held_out,
+        loss_fn=loss_fn,
     ) as session:
         fit(
             model,
@@ -348,7 +471,7 @@ def search(
             progress=progress,
             description=f"search ({session.method.name})",
         )
-        return session.result()
+    return session.result()
 
 
 def bounds(
