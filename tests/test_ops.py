@@ -259,7 +259,7 @@ def test_strided_inputs_are_read_by_their_strides():
         ({"importance": torch.full((11,), -1.0)}, "finite and at least 0"),
         ({"theta": torch.zeros(2, 1)}, r"theta is torch.float32 \[2, 1\]"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"backend": "fortran"}, "auto, reference, cpp, cuda"),
+        ({"backend": "fortran"}, "auto, reference, cpp, triton, cuda"),
     ],
 )
 def test_ratio_forward_says_what_is_wrong(change, message):
@@ -290,7 +290,7 @@ def test_a_forced_backend_refuses_with_its_cause(monkeypatch):
 
 def test_backends_are_listed_with_their_cause():
     found = ops.backends()
-    assert list(found) == ["reference", "cpp", "cuda"]
+    assert list(found) == ["reference", "cpp", "triton", "cuda"]
     assert found["reference"] is None and found["cpp"] is None
     assert CUDA or found["cuda"]
 

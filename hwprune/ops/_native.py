@@ -1,4 +1,4 @@
-"""The one module that imports the native extensions, and the choice between backends."""
+"""The one module that imports the native extensions and Triton, and the choice between backends."""
 
 import os
 from collections.abc import Mapping
@@ -10,17 +10,18 @@ import torch
 
 from hwprune.errors import BackendUnavailable, InvalidInput
 
-BACKENDS = ("reference", "cpp", "cuda")
-_MODULES = {"cpp": "hwprune._cpp", "cuda": "hwprune._cuda"}
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+_MODULES = {"cpp": "hwprune._cpp", "triton": "triton", "cuda": "hwprune._cuda"}
 _REMEDIES = {
     "cpp": "reinstall with a C++17 compiler on PATH",
+    "triton": "install triton, which there is for Linux",
     "cuda": "reinstall with nvcc on PATH, or with CUDA_HOME set, and HWPRUNE_CUDA=1",
 }
 
 
 @cache
 def _import(backend: str) -> ModuleType | str:
-    """The extension module of a native backend, or why it cannot be imported."""
+    """The module behind a backend, or why it cannot be imported."""
     try:
         return import_module(_MODULES[backend])
     except ImportError as error:
@@ -28,23 +29,33 @@ def _import(backend: str) -> ModuleType | str:
 
 
 def missing(backend: str) -> str | None:
-    """Why a native backend is not built here, or None when it is."""
+    """Why the module behind a backend cannot be had here, or None when it can."""
     module = _import(backend)
     return module if isinstance(module, str) else None
 
 
 def module(backend: str) -> ModuleType:
-    """The extension module of a native backend. Raises BackendUnavailable with the cause."""
+    """The module behind a backend. Raises BackendUnavailable with the cause."""
     found = _import(backend)
     if isinstance(found, str):
         raise BackendUnavailable(found)
     return found
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on the CPU too, instead of compiling them for a device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def backends() -> dict[str, str | None]:
     """Every backend by name: None where it works on this machine, else the cause and the remedy."""
     no_device = None if torch.cuda.is_available() else "torch sees no CUDA device"
-    return {"reference": None, "cpp": missing("cpp"), "cuda": missing("cuda") or no_device}
+    return {
+        "reference": None,
+        "cpp": missing("cpp"),
+        "triton": missing("triton") or (None if interpreted() else no_device),
+        "cuda": missing("cuda") or no_device,
+    }
 
 
 def choose(op: str, requested: str, refusals: Mapping[str, str | None], preference: tuple[str, ...]) -> str:
