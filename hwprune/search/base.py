@@ -198,6 +198,13 @@ class Method(ABC):
     def ranking(self) -> Tensor:
         """How much each channel matters, above 0; the best of every group are kept. [ΣC]"""
 
+    def values(self) -> Tensor | None:
+        """What the best n channels of a group are worth, n = 1 to C of every group, laid end to end. [ΣC]
+
+        ``None`` where the widths say it all. Differences within a group count; their unit is the same in all groups.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs: tensors and plain values."""
         return {}
@@ -218,19 +225,29 @@ class Method(ABC):
         ranking: Tensor,
         budget: float,
         *,
+        value: Tensor | None = None,
         minimum: NDArray[np.int64] | None = None,
         multiple: int | NDArray[np.int64] = 1,
         pinned: Mapping[int, int] | None = None,
     ) -> Allocation:
-        """Integer widths within ``budget`` (unit of ``cost``) from what was found: ``widths`` [G], ``ranking`` [ΣC].
+        """Integer widths within ``budget`` (unit of ``cost``) from what was found.
 
-        It needs nothing but its arguments, so that it can be repeated with a tighter budget long after the search.
+        That is ``widths`` [G], ``ranking`` [ΣC], and ``value`` [ΣC] where the method has :meth:`values`. Nothing else
+        is needed, so that it can be repeated with a tighter budget long after the search.
 
         Raises:
             InfeasibleBudget: no widths are that cheap.
         """
-        value = worth(cost, widths)
-        return allocate(cost, value, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+        levels = worth(cost, widths) if value is None else at_levels(groups, cost, value)
+        return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+
+
+def at_levels(groups: Groups, cost: CostModel, value: Tensor) -> list[NDArray[np.float64]]:
+    """The worth of each level of each group, of the worths of all widths ``value`` [ΣC]; see :meth:`Method.values`."""
+    flat = value.detach().double().cpu().numpy()
+    if flat.shape != (groups.total,):
+        raise InvalidInput(f"value has shape {flat.shape}; it needs one number per channel, ({groups.total},)")
+    return [flat[first + np.maximum(cost.levels(g), 1) - 1] for g, first in enumerate(groups.offsets[:-1])]
 
 
 def worth(cost: CostModel, widths: Tensor) -> list[NDArray[np.float64]]:
@@ -282,13 +299,14 @@ class SearchResult:
     """What a search found, for ``method_class(name).allocate``.
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
-    per recorded step. fills_budget: see :class:`Method`.
+    per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`.
     """
 
     widths: Tensor
     ranking: Tensor
     log: list[dict[str, float]] = field(repr=False)
     fills_budget: bool = True
+    value: Tensor | None = None
 
 
 class Search:
@@ -399,7 +417,14 @@ class Search:
     def result(self) -> SearchResult:
         """What has been found so far."""
         widths, ranking = self.widths().detach().double().cpu(), self.ranking().detach().float().cpu()
-        return SearchResult(widths, ranking, [dict(row) for row in self.history], self.method.fills_budget)
+        value = self.method.values()
+        return SearchResult(
+            widths,
+            ranking,
+            [dict(row) for row in self.history],
+            self.method.fills_budget,
+            None if value is None else value.detach().double().cpu(),
+        )
 
     def close(self) -> None:
         """Take the masks out of the network; the search can still be asked for its result."""

@@ -58,6 +58,7 @@ class Uniform(Method):
         ranking: Tensor,
         budget: float,
         *,
+        value: Tensor | None = None,
         minimum: NDArray[np.int64] | None = None,
         multiple: int | NDArray[np.int64] = 1,
         pinned: Mapping[int, int] | None = None,
