@@ -10,7 +10,7 @@ optimiser and checkpoints see the same tensors under the same keys, masked or no
 copy back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
@@ -376,6 +376,55 @@ class ColumnPrunedConv2d(nn.Conv2d):
                 columns=self.columns,
             ),
         )
+
+
+def prune_columns_(module: nn.Module, columns: Mapping[str, Tensor], groups: GroupsLike, keep: Any) -> int:
+    """Make convolutions of a *cut* network compute only some columns of their unfolded input, in place.
+
+    Args:
+        module: what cutting by ``keep`` left. Its convolutions hold their own weights still, under their dense names.
+        columns: weight name -> bool ``[kH·kW·Cin]``, the kept columns in (kh, kw, c) order with the ``Cin`` of the
+            dense network. Columns of channels that were cut are gone anyway.
+        groups: the coupled channels of the dense network. keep: ``[ΣC]`` bool, the channels that were kept.
+
+    Returns:
+        How many convolutions compute less than before; where every column is kept, the plain one stays. The output is
+        the same if the weights of the dropped columns are zero.
+
+    Raises:
+        InvalidInput: a name is no weight of a two-dimensional convolution here, or the columns do not fit it.
+        UnsupportedModel: see :meth:`ColumnPrunedConv2d.from_conv`.
+    """
+    cut_away: dict[str, list[np.ndarray]] = {name: [] for name in columns}  # input channels that are gone
+    flags = np.asarray(keep, bool)
+    for group, offset in zip(groups, np.asarray(groups.offsets, np.int64)[:-1], strict=True):
+        for slot in group.slots:
+            if slot.role == "in" and slot.dim == 1 and slot.parameter in columns:
+                cut_away[slot.parameter].append(slot.positions[~flags[offset : offset + group.width]].ravel())
+    smaller: dict[int, nn.Module] = {}
+    for name, kept in columns.items():
+        path, _, leaf = name.rpartition(".")
+        conv = dict(module.named_modules()).get(path)
+        if not isinstance(conv, nn.Conv2d) or leaf != "weight":
+            raise InvalidInput(f"{name!r} is not the weight of a convolution of this {type(module).__name__}")
+        area = conv.kernel_size[0] * conv.kernel_size[1]
+        table = kept.cpu().view(area, -1) if kept.numel() % area == 0 else kept.new_empty(area, 0)  # [kH·kW, Cin]
+        inside = np.setdiff1d(np.arange(table.shape[1]), np.concatenate([[], *cut_away[name]]))
+        if len(inside) != conv.in_channels:
+            raise InvalidInput(
+                f"{name}: {kept.numel()} columns leave {len(inside)} input channels; the convolution has "
+                f"{conv.in_channels} and {area} kernel positions. Give columns and groups of the dense network"
+            )
+        chosen = table[:, torch.from_numpy(inside)].flatten().nonzero().flatten()
+        if len(chosen) < area * conv.in_channels:
+            # A convolution has to read something; the weights of a column that was dropped are zero.
+            chosen = chosen if len(chosen) else torch.zeros(1, dtype=torch.int64)
+            smaller[id(conv)] = ColumnPrunedConv2d.from_conv(conv, chosen)
+    for parent in list(module.modules()):
+        for child, conv in parent.named_children():
+            if id(conv) in smaller:
+                setattr(parent, child, smaller[id(conv)])
+    return len(smaller)
 
 
 def _reinterpret(cls: type[Conv], conv: nn.Conv2d) -> Conv:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwprune.errors import InvalidInput, UnsupportedModel
-from hwprune.graph import keep_top, resize, trace
+from hwprune.graph import cut, keep_top, resize, trace
 from hwprune.models import load_model
-from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, unmask_
+from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, prune_columns_, unmask_
 
 
 class Residual(nn.Module):
@@ -287,6 +287,34 @@ def test_column_pruned_conv_uses_only_its_columns():
     kept = torch.zeros_like(weight).index_copy(1, columns, weight[:, columns]).view(5, 3, 3, 4).permute(0, 3, 1, 2)
     torch.testing.assert_close(pruned(x), F.conv2d(x, kept, conv.bias, stride=2, padding=1))
     assert torch.equal(pruned.state_dict()["columns"], columns)
+
+
+def test_columns_of_a_cut_network_are_numbered_as_in_the_dense_one():
+    model, x = load_model("resnet8", classes=10).eval(), torch.randn(2, 3, 16, 16)
+    program = trace(model, (x,))
+    groups = program.groups
+    names = ("layer1.0.conv2.weight", "layer2.0.conv1.weight", "layer3.0.conv2.weight", "conv1.weight")
+    columns = {}
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(name)
+            kept = torch.rand(weight[0].numel()) < (1.0 if name == "conv1.weight" else 0.6)
+            weight.mul_(kept.view(*weight.shape[2:], -1).permute(2, 0, 1))
+            columns[name] = kept
+        model.layer1[0].conv2.weight.zero_()
+    columns["layer1.0.conv2.weight"] = torch.zeros(16 * 9, dtype=torch.bool)
+    keep = keep_top(groups, np.ceil(groups.widths * 0.7), torch.rand(groups.total))
+    smaller = cut(model, program, keep).module.eval()
+    expected = smaller(x)
+    assert prune_columns_(smaller, columns, groups, keep) == 3
+    torch.testing.assert_close(smaller(x), expected)
+    assert type(smaller.conv1) is nn.Conv2d and len(smaller.layer1[0].conv2.columns) == 1
+    assert len(smaller.layer3[0].conv2.columns) < 0.75 * smaller.layer3[0].conv2.weight[0].numel()
+
+    with pytest.raises(InvalidInput, match="not the weight of a convolution"):
+        prune_columns_(smaller, {"linear.weight": torch.ones(64, dtype=torch.bool)}, groups, keep)
+    with pytest.raises(InvalidInput, match="columns leave"):
+        prune_columns_(smaller, {"layer3.0.conv2.weight": torch.ones(99, dtype=torch.bool)}, groups, keep)
 
 
 def test_convolutions_name_what_they_cannot_do():

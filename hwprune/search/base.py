@@ -68,12 +68,12 @@ class HeldOut:
             self._batches = None
         raise InvalidInput("the held-out loader yields no batch; give one with images, or a smaller batch size")
 
-    def loss(self, mask: Tensor | None) -> Tensor:
-        """The loss on the next batch under a mask [ΣC], differentiable to it. []
+    def loss(self, mask: Tensor | None, batch: tuple[Any, Any] | None = None) -> Tensor:
+        """The loss on the next batch, or the one given, under a mask [ΣC], differentiable to it. []
 
         Batch norms use the batch's statistics and leave their running ones alone.
         """
-        inputs, targets = self.batch()
+        inputs, targets = batch or self.batch()
         self._masked.set(mask)
         with batch_statistics(self._masked.model):
             return self._loss_fn(self._masked.model(inputs), targets)
@@ -144,6 +144,11 @@ class Context:
     maximum: NDArray[np.int64]
     held_out: HeldOut | None = None
 
+    @property
+    def pinned(self) -> dict[int, int]:
+        """Group -> the only width that it may have."""
+        return {int(g): int(self.maximum[g]) for g in np.flatnonzero(self.minimum == self.maximum)}
+
     def rounded(self, widths: Tensor) -> NDArray[np.int64]:
         """Integer widths next to the real ones, within [minimum, maximum]. [G]"""
         nearest: NDArray[np.int64] = np.rint(widths.detach().double().cpu().numpy()).astype(np.int64)
@@ -202,6 +207,14 @@ class Method(ABC):
         """What the best n channels of a group are worth, n = 1 to C of every group, laid end to end. [ΣC]
 
         ``None`` where the widths say it all. Differences within a group count; their unit is the same in all groups.
+        """
+        return None
+
+    def columns(self) -> Mapping[str, Tensor] | None:
+        """Which (kh, kw, c) columns of single convolutions are left: weight name -> bool [kH·kW·Cin].
+
+        Channels are numbered as in the dense network. The weights of the other columns are zero, so that nothing
+        depends on :func:`hwprune.nn.prune_columns_` being used. ``None`` where columns are not pruned.
         """
         return None
 
