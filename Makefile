@@ -36,7 +36,7 @@ $(VENV)/test.installed: $(VENV)/demo.installed
 
 demo: $(VENV)/demo.installed
 	$(BIN)/hwprune prune --model resnet8 --data digits --budget 50% --method dsa \
-		--batch 256 --dense-epochs 12 --search-epochs 16 --epochs 20 --out runs/demo
+		--batch 256 --dense-epochs 12 --search-epochs 16 --epochs 20 --out runs/demo --resume
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -ra

@@ -227,6 +227,10 @@ def prune(
         str, typer.Option(help="How keep ratios are learned; `hwprune methods` lists them.")
     ] = DEFAULT_METHOD,
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method.")] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option("--refit/--no-refit", help="Solve layers for what was cut away; by default the method decides."),
+    ] = None,
     guide: Annotated[str, typer.Option(help="What steers the search: ms or flops.")] = "ms",
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=0)] = 10,
     search_epochs: Annotated[int, typer.Option(help="Epochs with masks.", min=0)] = 10,
@@ -234,6 +238,9 @@ def prune(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of every phase; 0.1 by default.")] = None,
     train_batch: Annotated[int, typer.Option(help="Images per training step.", min=2)] = 128,
     subset: Annotated[int | None, typer.Option(help="Train on so many images only.")] = None,
+    validation: Annotated[
+        float, typer.Option(help="Part of the training images held out, for methods that search on others.", min=0)
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     batch: Annotated[int, typer.Option(help="Batch whose latency counts.", min=1)] = 1,
     device: Device = "cpu",
@@ -254,7 +261,7 @@ def prune(
 ) -> int:
     """Prune a network to a budget measured on this machine, and train what is left."""
     target = _target(device, runtime, dtype, memory_format, threads)
-    loaded = load_data(data, batch_size=train_batch, subset=subset, seed=seed)
+    loaded = load_data(data, batch_size=train_batch, subset=subset, validation=validation, seed=seed)
     torch.manual_seed(seed)
     network = load_model(model, classes=loaded.classes, in_channels=loaded.shape[0], weights=weights)
     example = torch.randn((batch, *loaded.shape), generator=torch.Generator().manual_seed(seed))
@@ -266,11 +273,13 @@ def prune(
             example,
             train_loader=loaded.train,
             test_loader=loaded.test,
+            validation_loader=loaded.validation,
             calibration_loader=loaded.calibration,
             budget=budget,
             target=target,
             method=method,
             options=_options(option),
+            refit=refit,
             guide=guide,
             recipe=recipe,
             epochs=epochs,
@@ -284,7 +293,12 @@ def prune(
             seed=seed,
             name=model,
             attention=attention,
-            provenance={"data": data, "subset": subset, "weights": str(weights) if weights else None},
+            provenance={
+                "data": data,
+                "subset": subset,
+                "validation": validation,
+                "weights": str(weights) if weights else None,
+            },
             progress=not as_json,
         )
         result: Mapping[str, Any] = pruned.result

@@ -104,11 +104,13 @@ def prune(
     budget: str | Budget | None = None,
     budget_ms: float | None = None,
     test_loader: Iterable[Any] | None = None,
+    validation_loader: Iterable[Any] | None = None,
     calibration_loader: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
     target: Target | None = None,
     method: str = DEFAULT_METHOD,
     options: Mapping[str, Any] | None = None,
+    refit: bool | None = None,
     guide: str = "ms",
     recipe: Recipe | None = None,
     epochs: int = 10,
@@ -130,7 +132,10 @@ def prune(
 
     ``example_inputs`` fix the batch whose latency counts: [N, ...]. The budget is ``budget_ms``, or a text: "2.4ms",
     "50%" of the dense latency, or "50%flops". ``model`` is left as it is. The loaders give (inputs, labels);
-    ``loss_fn(outputs, labels)`` is cross-entropy by default. ``dense_epochs`` train the dense model first,
+    ``loss_fn(outputs, labels)`` is cross-entropy by default. Methods that learn or choose on images beside those that
+    train the weights take them from ``validation_loader``, or, without one, from ``calibration_loader``, which gives
+    training images without augmentation. ``refit`` solves the layers behind the cut for what was cut away, by least
+    squares on the calibration images; None leaves that to the method. ``dense_epochs`` train the dense model first,
     ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide`` is the
     cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget.
 
@@ -160,6 +165,7 @@ def prune(
         settings={
             "method": method,
             "options": dict(options or {}),
+            "refit": refit,
             "search_epochs": search_epochs,
             "dense_epochs": dense_epochs,
             **asdict(replace(recipe, epochs=epochs)),
@@ -168,10 +174,11 @@ def prune(
         progress=progress,
         say=say,
     )
-    train = _Trainer(work, train_loader, test_loader, calibration_loader or train_loader, recipe, loss_fn)
+    calibration = calibration_loader or train_loader
+    train = _Trainer(work, train_loader, test_loader, validation_loader or calibration, calibration, recipe, loss_fn)
     train.dense(dense_epochs)
     train.search(method, search_epochs, options or {}, seed)
-    module = work.cut()
+    module = work.cut(calibration=calibration, refit=refit)
     train.fine_tune(module, epochs)
     result = work.finish(module, accuracy=train.accuracy(module))
     return Pruned(module, result, work.folder)
@@ -245,26 +252,45 @@ class Pruning:
         steps: int,
         options: Mapping[str, Any] | None = None,
         seed: int = 0,
+        held_out: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
     ) -> Iterator[Search]:
         """Masks on ``work.model``: the step hooks to call around every one of ``steps`` optimiser steps.
 
-        Leaving the block takes the masks off and keeps what the method found for :meth:`cut`.
+        Leaving the block takes the masks off and keeps what the method found for :meth:`cut`. ``held_out`` yields
+        (inputs, labels) beside those that train the weights, for methods that use such; ``loss_fn`` is their loss.
         """
         controller = BudgetController(self._cost_limit(), float(self.cost.dense), ramp_steps=steps // 2)
         self.dense = copy.deepcopy(self.model)
         self.method = method_class(method) if isinstance(method, str) else type(method)
-        with Search(method, self.model, self.program.groups, self.cost, controller, steps, options, seed) as search:
+        with Search(
+            method,
+            self.model,
+            self.program.groups,
+            self.cost,
+            controller,
+            steps,
+            options,
+            seed,
+            held_out=held_out,
+            loss_fn=loss_fn,
+        ) as search:
             yield search
         self._keep_found(search, controller)
 
-    def cut(self, *, rounds: int = 6) -> nn.Module:
+    def cut(self, *, rounds: int = 6, calibration: Iterable[Any] | None = None, refit: bool | None = None) -> nn.Module:
         """Allocate integer widths, cut, measure, and correct until the measured latency fits the budget.
 
         Over budget, the allowance is tightened; below 93 % of it, grown. When no round fits, the nearest is kept, and
-        :meth:`finish` says so. Raises InvalidInput before a search.
+        :meth:`finish` says so. With ``refit`` (None: where the method wants it) the layers that read what is cut are
+        solved anew on the batches of ``calibration``. Raises InvalidInput before a search, and for a refit without
+        batches.
         """
-        if self.found is None:
+        if self.found is None or self.method is None:
             raise InvalidInput("there is nothing to cut yet: run `search` first")
+        refit = self.method.refits if refit is None else refit
+        if refit and calibration is None:
+            raise InvalidInput("a refit needs batches: give cut(calibration=...), or refit=False")
         stored = self.run.tensors("cut")
         if stored is not None:
             self.plan = _plan_from(self.run.done["cut"])
@@ -274,6 +300,11 @@ class Pruning:
                 self.plan = self._fit_budget(rounds)
                 self.keep = keep_top(self.program.groups, self.plan.widths, self.found.ranking.numpy())
                 self.run.finish("cut", {"keep": torch.from_numpy(self.keep)}, **_plan_to(self.plan))
+        if refit and calibration is not None:
+            from hwprune.refit import refit_
+
+            with self.run.phase("refit"):
+                refit_(self.model, self.program.groups, self.keep, calibration)
         self.pruned = cut(self.model, self.program, self.keep)
         if self.pruned.kind == "program":
             self.say(f"the model's own forward cannot follow the cut ({self.pruned.reason}); the graph is used instead")
@@ -455,13 +486,17 @@ class Pruning:
         assert self.found is not None and self.method is not None
         groups, cost, found = self.program.groups, self.cost, self.found
         if self.budget.unit == "flops":  # exact as allocated: nothing to correct
-            widths = self.method.allocate(groups, cost, found.widths, found.ranking, self._cost_limit()).widths
+            widths = self._allocate(self._cost_limit())
             return Plan(widths, float(self.latency.predict(widths)), None, None, ())
         allowance = _Allowance(self._cost_limit(), float(cost.floor), float(cost.dense))
+        if not found.fills_budget:  # what the search found is a limit as well
+            least, full = cost.least, groups.widths
+            rounded = np.rint(found.widths.numpy()).astype(np.int64).clip(least, full)
+            allowance.now = min(allowance.now, max(float(cost.price(rounded)), float(cost.floor)))
         tried: list[Plan] = []
         seen: set[bytes] = set()
         for _ in range(rounds):
-            widths = self.method.allocate(groups, cost, found.widths, found.ranking, allowance.now).widths
+            widths = self._allocate(allowance.now)
             if widths.tobytes() in seen:
                 break  # no level lies between the allowances that are left
             seen.add(widths.tobytes())
@@ -476,11 +511,20 @@ class Pruning:
             row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "budget_ms": limit}
             history = (*(tried[-1].rounds if tried else ()), {**row, "dense_ms": dense.median_ms})
             tried.append(Plan(widths, predicted, pruned.median_ms, limit, history))
-            if not allowance.correct(used):
+            if not allowance.correct(used) or (used <= MOST_USE and not found.fills_budget):
                 break
         sound = [plan for plan in tried if plan.used <= MOST_USE] or [plan for plan in tried if plan.met]
         best = max(sound, key=lambda plan: plan.used) if sound else min(tried, key=lambda plan: plan.used)
         return replace(best, rounds=tried[-1].rounds)
+
+    def _allocate(self, limit: float) -> NDArray[np.int64]:
+        """Widths within `limit`, in the unit of the cost that guides the search, from what was found. [G]"""
+        assert self.found is not None and self.method is not None
+        found = self.found
+        chosen = self.method.allocate(
+            self.program.groups, self.cost, found.widths, found.ranking, limit, value=found.value
+        )
+        return chosen.widths
 
     def _race(self, modules: Sequence[nn.Module], rounds: int = 8) -> list[Sample]:
         """Measure modules in turns against the first, so that a drifting machine treats them alike.
@@ -506,7 +550,8 @@ class Pruning:
         self.dense = copy.deepcopy(self.model)
         self.method = method_class(method)
         widths, ranking = stored.pop("widths"), stored.pop("ranking")
-        self.found = SearchResult(widths, ranking, self.run.done["search"]["log"])
+        record = self.run.done["search"]
+        self.found = SearchResult(widths, ranking, record["log"], record["fills_budget"])
         self.model.load_state_dict({key.removeprefix("model."): value for key, value in stored.items()})
         return True
 
@@ -521,7 +566,9 @@ class Pruning:
         self.found = replace(found, log=log)
         state = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         state |= {"widths": found.widths, "ranking": found.ranking}
-        self.run.finish("search", state, log=_thin(log))
+        if found.value is not None:
+            state["value"] = found.value
+        self.run.finish("search", state, log=_thin(log), fills_budget=found.fills_budget)
 
 
 class _Allowance:
@@ -559,12 +606,14 @@ class _Trainer:
         work: Pruning,
         train_loader: Iterable[Any],
         test_loader: Iterable[Any] | None,
+        validation_loader: Iterable[Any],
         calibration_loader: Iterable[Any],
         recipe: Recipe,
         loss_fn: LossFn | None,
     ) -> None:
         self.work, self.run = work, work.run
-        self.train_loader, self.test_loader, self.calibration_loader = train_loader, test_loader, calibration_loader
+        self.train_loader, self.test_loader = train_loader, test_loader
+        self.validation_loader, self.calibration_loader = validation_loader, calibration_loader
         self.recipe, self.loss_fn = recipe, loss_fn
 
     def dense(self, epochs: int) -> None:
@@ -583,8 +632,18 @@ class _Trainer:
         work = self.work
         if work.restore_search(method):
             return
-        steps = max(1, epochs * len(self.train_loader))  # type: ignore[arg-type]
-        with self.run.phase("search"), work.search(method, steps=steps, options=options, seed=seed) as hooks:
+        steps = epochs * len(self.train_loader)  # type: ignore[arg-type]
+        with (
+            self.run.phase("search"),
+            work.search(
+                method,
+                steps=steps,
+                options=options,
+                seed=seed,
+                held_out=self.validation_loader,
+                loss_fn=self.loss_fn,
+            ) as hooks,
+        ):
             rows = self._fit("search", work.model, epochs, hooks=hooks, distill=0.0) if epochs else []
         self.run.add("search", history=rows)
 
@@ -644,6 +703,11 @@ class _Run:
         if self.resumed and path.is_file():
             self._read(path)
             return
+        if any(state.glob("*.checkpoint")) and not (folder / "result.json").is_file():
+            raise InvalidInput(
+                f"{folder} holds a run that was not finished; continue it with --resume, choose another folder, or "
+                "delete it"
+            )
         try:
             shutil.rmtree(state, ignore_errors=True)
             state.mkdir(parents=True)

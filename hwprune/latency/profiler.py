@@ -26,7 +26,7 @@ from hwprune.latency.runtimes import Clocked, build, isolated
 from hwprune.latency.surface import Share, Surface, fit_rates, fit_surface
 from hwprune.latency.table import LatencyTable
 from hwprune.latency.target import Target
-from hwprune.latency.timing import Reference, block_count, settings, time_runs, watch
+from hwprune.latency.timing import Reference, block_count, measure, settings, watch
 from hwprune.latency.turns import alone
 
 Floats = NDArray[np.float64]
@@ -302,8 +302,9 @@ class _Profiler:
         with alone(), settings(self.target), watch() as usage:
             if role == "fit" and self.clocked:
                 times, totals, reference_us = self.clocked_blocks(graph_module)
+                summary = _summary(totals)
             else:
-                totals, reference_us = self.whole_blocks(graph_module)
+                summary, reference_us = self.whole(graph_module)
                 times = None
         drift = reference_us / (self.reference.quiet_ms * 1e3)
         now = time.monotonic()
@@ -316,7 +317,7 @@ class _Profiler:
             "contention": round(usage.contention, 4),
         }
         records = [] if times is None else self.segment_records(widths, times, common)
-        whole = {"kind": "whole", **common, "widths": widths.tolist(), "role": role, **_summary(totals)}
+        whole = {"kind": "whole", **common, "widths": widths.tolist(), "role": role, **summary}
         whole |= {"took_s": round(took_s, 4), "sampling": self.sampling if self.clocked else "whole"}
         whole |= {"settled": True} if self.settled else {}
         self.table.extend([*records, whole])
@@ -359,18 +360,16 @@ class _Profiler:
             columns.append(cut_out.times_us(16))
         return np.stack(columns, axis=1)
 
-    def whole_blocks(self, graph_module: torch.fx.GraphModule) -> tuple[Floats, float]:
-        """End-to-end times [runs] in µs at the level of the returned reference time."""
-        inputs = self.plan.program.example_inputs
+    def whole(self, graph_module: torch.fx.GraphModule) -> tuple[dict[str, Any], float]:
+        """(end-to-end times in µs, reference time in µs): measured as every finished network is."""
         run = build(self.target, graph_module)
-        known = time_runs(run, inputs, self.target, 1, warmup=3)
-        blocks, references = [], []
-        for _ in range(BLOCKS_PER_VECTOR):
-            references.append(self.reference.block_ms(self.target) * 1e3)
-            blocks.append(time_runs(run, inputs, self.target, block_count(known.tolist()), warmup=1) * 1e3)
-        level = float(np.median(references))
-        totals = np.concatenate([block * (level / us) for block, us in zip(blocks, references, strict=True)])
-        return totals, level
+        found = measure(
+            run, self.plan.program.example_inputs, self.target, seconds=0.1, min_blocks=4, reference=self.reference
+        )
+        level = found.drift * 1e3
+        quantiles = {"median_us": found.median_ms, "p20_us": found.p20_ms, "p80_us": found.p80_ms}
+        summary = {name: round(ms * level, 4) for name, ms in quantiles.items()}
+        return {**summary, "count": found.count}, self.reference.quiet_ms * level
 
 
 def _summary(times_us: Floats) -> dict[str, Any]:
