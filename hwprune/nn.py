@@ -208,6 +208,25 @@ def unmask_(model: nn.Module) -> nn.Module:
     return model
 
 
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but batch norms normalise by the batch; running statistics stay as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracked = [(norm, norm.track_running_stats, norm.running_mean, norm.running_var) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    try:
+        yield
+    finally:
+        for norm, tracks, mean, var in tracked:
+            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, var
+        for module, mode in modes:
+            module.training = mode
+
+
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Tensor identity -> every (module, name) that holds it, so that tied parameters are masked in all places."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -7,7 +7,6 @@ masks, the cost model and the budget controller, so that they can be compared at
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,7 +21,7 @@ from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.latency import CostModel
-from hwprune.nn import Masked, mask_
+from hwprune.nn import Masked, batch_statistics, mask_
 from hwprune.train import LossFn, Recipe, fit
 
 METHODS: dict[str, str] = {
@@ -96,25 +95,6 @@ class HeldOut:
             self.batch()
 
 
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but batch norms normalise by the batch; running statistics stay as they are."""
-    modes = [(module, module.training) for module in model.modules()]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    tracked = [(norm, norm.track_running_stats, norm.running_mean, norm.running_var) for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
-    try:
-        yield
-    finally:
-        for norm, tracks, mean, var in tracked:
-            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, var
-        for module, mode in modes:
-            module.training = mode
-
-
 @dataclass
 class Context:
     """What a method is given to work with.
@@ -166,6 +146,7 @@ class Method(ABC):
         name: key in ``METHODS``. summary: one line for the help. source: the paper, or "reconstruction".
         straight_through: masked parameters get the gradient that they would have unmasked.
         fills_budget: the allocation may use the whole budget; otherwise ``widths`` are an upper limit of their own.
+        searches: the search's steps train weights; otherwise it is over at once, and they are better spent afterwards.
         refits: before the cut, the consumers of the kept channels are refitted by least squares to make up for the
             others (see :mod:`hwprune.refit`), unless the user says otherwise.
     """
@@ -173,6 +154,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    searches: ClassVar[bool] = True
     refits: ClassVar[bool] = False
     straight_through: bool = False
     fills_budget: bool = True
@@ -312,7 +294,8 @@ class SearchResult:
     """What a search found, for ``method_class(name).allocate``.
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
-    per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`.
+    per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`. columns:
+    see :meth:`Method.columns`.
     """
 
     widths: Tensor
@@ -320,6 +303,7 @@ class SearchResult:
     log: list[dict[str, float]] = field(repr=False)
     fills_budget: bool = True
     value: Tensor | None = None
+    columns: Mapping[str, Tensor] | None = None
 
 
 class Search:

@@ -23,7 +23,8 @@ from torch import Tensor
 from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
 from hwprune.importance import importance
-from hwprune.search.base import Context, HeldOut, Method, batch_statistics
+from hwprune.nn import batch_statistics
+from hwprune.search.base import Context, HeldOut, Method
 
 _REMOVED = 1e-6  # what the score of a channel that is out already is multiplied by
 _LEAST_SHARE = 1 / 3  # of the groups are tried in every round, before there are fewer rounds

@@ -36,6 +36,7 @@ class Magnitude(Method):
     name = "magnitude"
     summary = "one global threshold on normalised channel norms, found on the cost model"
     source = "common baseline"
+    searches = False
 
     def __init__(self, kind: Kind = "l2") -> None:
         if kind not in get_args(Kind):

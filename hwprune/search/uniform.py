@@ -30,6 +30,7 @@ class Uniform(Method):
     name = "uniform"
     summary = "one keep ratio for all groups, found on the cost model"
     source = "common baseline"
+    searches = False
 
     def __init__(self, kind: Kind = "bn") -> None:
         if kind not in get_args(Kind):
