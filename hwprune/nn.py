@@ -11,6 +11,7 @@ copy back.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
