@@ -1,11 +1,15 @@
 """What all tests share: seeds, one thread, memory that starts as NaN, and a torchvision that imports."""
 
+import os
 import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined
 
 # A shell starts what it puts in the background with Ctrl-C ignored; tests that press it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
