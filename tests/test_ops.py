@@ -299,7 +299,7 @@ def test_backends_are_listed_with_their_cause():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to launch on")
 def test_a_launch_without_a_device_raises():
     with pytest.raises(RuntimeError, match="ratio_forward with 1 groups: "):
-        _native.module("cuda").ratio_forward(0, 0, 0, 0, 0, 0, 0, groups=1, temperature=1.0, stream=0)
+        _native.module("cuda").ratio_forward(0, 0, 0, 0, 0, 0, 0, groups=1, temperature=1.0, seed=0, stream=0)
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA device, or hwprune._cuda is not built")

@@ -3,18 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
+#include "cpu/parallel.hpp"
+#include "philox.h"
 #include "soft_threshold.h"
-
-// One binary for every chip: the loader picks the widest clone that the processor runs. Sanitizers do not survive the
-// indirect functions that this needs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define HWPRUNE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define HWPRUNE_CLONES
-#endif
 
 namespace hwprune {
 namespace {
@@ -75,9 +69,38 @@ inline float sigmoid_of_clipped(float z) {
   return 1.0f / (1.0f + exp_poly(-clipped));
 }
 
-HWPRUNE_CLONES void logs(const float* importance, int64_t channels, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < channels; ++i) out[i] = log_poly(std::max(importance[i], kSmallestImportance));
+struct Range {
+  float least, largest;
+};
+
+HWPRUNE_CLONES Range logs(const float* importance, int64_t channels, float* out) {
+  float least = std::numeric_limits<float>::infinity(), largest = -least;
+#pragma omp simd reduction(min : least) reduction(max : largest)
+  for (int64_t i = 0; i < channels; ++i) {
+    const float value = log_poly(std::max(importance[i], kSmallestImportance));
+    out[i] = value;
+    least = std::min(least, value);
+    largest = std::max(largest, value);
+  }
+  return {least, largest};
+}
+
+struct Moments {
+  float mean, variance;
+};
+
+// values <- temperature * (values - largest)
+HWPRUNE_CLONES Moments scale(float* values, int64_t channels, float temperature, float largest) {
+  float total = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : total, squares)
+  for (int64_t i = 0; i < channels; ++i) {
+    const float z = temperature * (values[i] - largest);
+    values[i] = z;
+    total += z;
+    squares += z * z;
+  }
+  const float mean = total / static_cast<float>(channels);
+  return {mean, std::max(squares / static_cast<float>(channels) - mean * mean, 0.0f)};
 }
 
 struct Mass {
@@ -106,50 +129,84 @@ HWPRUNE_CLONES void draw(const float* scaled, const float* uniforms, int64_t cha
   }
 }
 
-// The s at which the mean of p is `ratio`: Newton's method inside a bracket that every evaluation tightens, halved
-// wherever Newton leaves it or crawls. `scaled` is <= 0, largest 0.
-float solve(const float* scaled, int64_t channels, float smallest, double ratio) {
-  const double wanted = ratio * static_cast<double>(channels);
-  float low = smallest - kClip, high = kClip;  // all kept at low, all at the floor at high
-  float s = 0.5f * (low + high);
-  float last_width = 2.0f * (high - low);
-  for (int iteration = 0; iteration < kMaxIterations && high - low > kTolerance; ++iteration) {
-    const Mass mass = mass_at(scaled, channels, s);
-    const double excess = mass.total - wanted;
-    (excess > 0.0 ? low : high) = s;
-    const bool shrinking = high - low <= 0.5f * last_width;
-    last_width = high - low;
-    const float newton = s + static_cast<float>(excess / std::max(mass.slope, 1e-30f));
-    if (newton > low && newton < high && (shrinking || std::fabs(newton - s) < 0.25f * last_width)) {
-      const bool converged = std::fabs(newton - s) <= kTolerance;
-      s = newton;
-      if (converged) break;
-    } else {
-      s = 0.5f * (low + high);
+// Uniform numbers first, first + 1, ... of a seed; `first` is a multiple of 4.
+HWPRUNE_CLONES void draw_uniforms(uint64_t seed, int64_t first, int64_t count, float* out) {
+  constexpr int64_t kBlocks = 64;
+  uint32_t words[4][kBlocks];  // by word, so that every word's loop is vector code
+  for (int64_t start = 0; start < count; start += 4 * kBlocks) {
+    const uint64_t counter = static_cast<uint64_t>(first + start) / 4;
+#pragma omp simd
+    for (int64_t i = 0; i < kBlocks; ++i) {
+      const PhiloxBlock block = philox(counter + static_cast<uint64_t>(i), seed);
+      for (int word = 0; word < 4; ++word) words[word][i] = block.word[word];
     }
+    const int64_t blocks = std::min(kBlocks, (count - start + 3) / 4);
+    for (int64_t i = 0; i < blocks; ++i)
+      for (int word = 0; word < 4; ++word) out[start + 4 * i + word] = uniform_of(words[word][i]);
   }
-  return s;
 }
 
+struct Near {
+  float weighted, total;
+};
+
+// Sums over the channels near the threshold, of p (1 - p) with and without their gradients.
+HWPRUNE_CLONES Near near_threshold(const float* probability, const float* grad_mask, int64_t channels, float cut) {
+  float weighted = 0.0f, total = 0.0f;
+#pragma omp simd reduction(+ : weighted, total)
+  for (int64_t i = 0; i < channels; ++i) {
+    const float p = probability[i], soft = p - kFloor;
+    const float spread = p < 1.0f ? soft * (1.0f - soft) : 0.0f;  // at the cap p no longer moves
+    weighted += spread > cut ? spread * grad_mask[i] : 0.0f;
+    total += spread > cut ? spread : 0.0f;
+  }
+  return {weighted, total};
+}
+
+// A thread has to be given this many to be worth its start.
+constexpr int64_t kChannelsPerThread = 32768;
+
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+// One group; the scratch arrays hold its channels.
+void forward_group(const RatioForward& args, int64_t group, float* scaled, float* drawn) {
+  const int64_t start = args.offsets[group], channels = args.offsets[group + 1] - start;
+  const float temperature = static_cast<float>(args.temperature);
+  const Range range = logs(args.importance + start, channels, scaled);
+  const Moments moments = scale(scaled, channels, temperature, range.largest);
+  const float ratio = static_cast<float>(sigmoid(args.theta[group]));
+  const float wanted = static_cast<float>(sigmoid(args.theta[group]) * static_cast<double>(channels));
+  Threshold threshold(ratio, temperature * (range.least - range.largest), moments.mean, moments.variance);
+  for (int iteration = 0; iteration < kMaxIterations; ++iteration) {
+    const Mass mass = mass_at(scaled, channels, threshold.s);
+    if (threshold.refine(mass.total, wanted, mass.slope)) break;
+  }
+  args.log_threshold[group] = static_cast<float>(range.largest + threshold.s / args.temperature);
+  const float* uniforms = args.uniforms + start;
+  if (args.uniforms == nullptr) {
+    const int64_t first = start / 4 * 4;
+    draw_uniforms(args.seed, first, start - first + channels, drawn);
+    uniforms = drawn + (start - first);
+  }
+  draw(scaled, uniforms, channels, threshold.s, args.probability + start, args.mask + start);
+}
+
+void forward_groups(const RatioForward& args, int64_t begin, int64_t end) {
+  int64_t widest = 0;
+  for (int64_t g = begin; g < end; ++g) widest = std::max(widest, args.offsets[g + 1] - args.offsets[g]);
+  std::vector<float> scaled(static_cast<size_t>(widest));
+  std::vector<float> drawn(args.uniforms == nullptr ? static_cast<size_t>(widest) + 6 : 0);  // whole blocks of four
+  for (int64_t g = begin; g < end; ++g) forward_group(args, g, scaled.data(), drawn.data());
+}
 
 }  // namespace
 
 void ratio_forward(const RatioForward& args) {
-  int64_t widest = 0;
-  for (int64_t g = 0; g < args.groups; ++g) widest = std::max(widest, args.offsets[g + 1] - args.offsets[g]);
-  std::vector<float> scaled(static_cast<size_t>(widest));
-  const float temperature = static_cast<float>(args.temperature);
-  for (int64_t g = 0; g < args.groups; ++g) {
-    const int64_t start = args.offsets[g], channels = args.offsets[g + 1] - start;
-    logs(args.importance + start, channels, scaled.data());
-    const auto [least, most] = std::minmax_element(scaled.begin(), scaled.begin() + channels);
-    const float largest = *most, smallest = temperature * (*least - largest);
-    for (int64_t i = 0; i < channels; ++i) scaled[i] = temperature * (scaled[i] - largest);
-    const float s = solve(scaled.data(), channels, smallest, sigmoid(args.theta[g]));
-    args.log_threshold[g] = static_cast<float>(largest + s / args.temperature);
-    draw(scaled.data(), args.uniforms + start, channels, s, args.probability + start, args.mask + start);
-  }
+  if (args.groups == 0) return;
+  const int64_t *first = args.offsets, *last = args.offsets + args.groups;
+  parallel(*last, kChannelsPerThread, args.threads, [&](int64_t, int64_t begin, int64_t end) {
+    forward_groups(args, std::lower_bound(first, last, begin) - first, std::lower_bound(first, last, end) - first);
+  });
 }
 
 void ratio_step(const RatioStep& args) {
@@ -157,17 +214,11 @@ void ratio_step(const RatioStep& args) {
   const double correction1 = 1.0 - std::pow(adam.beta1, static_cast<double>(adam.step));
   const double correction2 = 1.0 - std::pow(adam.beta2, static_cast<double>(adam.step));
   for (int64_t g = 0; g < args.groups; ++g) {
-    const int64_t start = args.offsets[g], end = args.offsets[g + 1];
-    double weighted = 0.0, total = 0.0;
-#pragma omp simd reduction(+ : weighted, total)
-    for (int64_t i = start; i < end; ++i) {
-      const float p = args.probability[i], soft = p - kFloor;
-      const float spread = p < 1.0f ? soft * (1.0f - soft) : 0.0f;  // at the cap p no longer moves
-      const bool near = spread > args.cut;
-      weighted += near ? static_cast<double>(spread) * args.grad_mask[i] : 0.0;
-      total += near ? static_cast<double>(spread) : 0.0;
-    }
-    const double mask_grad = total > 0.0 ? static_cast<double>(end - start) * weighted / total : 0.0;
+    const int64_t start = args.offsets[g], channels = args.offsets[g + 1] - start;
+    const Near near =
+        near_threshold(args.probability + start, args.grad_mask + start, channels, static_cast<float>(args.cut));
+    const double mean_grad = near.total > 0.0f ? static_cast<double>(near.weighted) / near.total : 0.0;
+    const double mask_grad = static_cast<double>(channels) * mean_grad;
     const double ratio_grad = mask_grad + args.multiplier * args.cost_grad[g];
     const double ratio = sigmoid(args.theta[g]);
     const double grad = ratio_grad * ratio * (1.0 - ratio);
@@ -177,6 +228,48 @@ void ratio_step(const RatioStep& args) {
     args.exp_avg[g] = static_cast<float>(mean);
     args.exp_avg_sq[g] = static_cast<float>(square);
     args.ratio_grad[g] = static_cast<float>(ratio_grad);
+  }
+}
+
+void table_cost(const CostTables& tables, const float* theta, int64_t groups, float* cost, float* cost_grad) {
+  std::vector<double> ratios(static_cast<size_t>(groups));
+  for (int64_t g = 0; g < groups; ++g) ratios[g] = sigmoid(theta[g]);
+
+  struct Place {
+    int64_t interval;
+    double part, per_step;
+  };
+  std::vector<Place> places(static_cast<size_t>(tables.axes));
+  for (int64_t axis = 0; axis < tables.axes; ++axis) {
+    double size = tables.origin[axis];
+    for (int64_t i = axis * tables.most_members; i < (axis + 1) * tables.most_members; ++i)
+      size += tables.weights[i] * ratios[tables.members[i]];
+    const float* starts = tables.starts + axis * tables.intervals;
+    int64_t interval = 0;
+    for (int64_t i = 1; i < tables.intervals; ++i) interval += starts[i] <= size;
+    const double per_step = tables.per_step[axis * tables.intervals + interval];
+    places[axis] = {interval, std::clamp((size - starts[interval]) * per_step, 0.0, 1.0), per_step};
+  }
+
+  double total = 0.0;
+  std::vector<double> slopes(static_cast<size_t>(2 * tables.terms));
+  for (int64_t term = 0; term < tables.terms; ++term) {
+    const Place &a = places[tables.pair[2 * term]], &b = places[tables.pair[2 * term + 1]];
+    const int64_t right = tables.strides[2 * term], up = tables.strides[2 * term + 1];
+    const float* corner = tables.flat + tables.base[term] + a.interval * right + b.interval * up;
+    const double t00 = corner[0], t10 = corner[right], t01 = corner[up], t11 = corner[right + up];
+    const double low = t00 + a.part * (t10 - t00), high = t01 + a.part * (t11 - t01);
+    total += low + b.part * (high - low);
+    slopes[2 * term] = ((1 - b.part) * (t10 - t00) + b.part * (t11 - t01)) * a.per_step;
+    slopes[2 * term + 1] = (high - low) * b.per_step;
+  }
+  *cost = static_cast<float>(total);
+
+  for (int64_t g = 0; g < groups; ++g) {
+    double slope = 0.0;
+    for (int64_t i = g * tables.most_uses; i < (g + 1) * tables.most_uses; ++i)
+      slope += tables.use_weights[i] * slopes[tables.uses[i]];
+    cost_grad[g] = static_cast<float>(slope);
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cost_tables.h"
+
 namespace hwprune {
 
 // Ratios to masks. Solves, for every group, the soft threshold at which the mean keep probability is sigmoid(theta[g]),
@@ -11,12 +13,14 @@ struct RatioForward {
   const float* theta;       // [groups]
   const float* importance;  // [channels], >= 0
   const int64_t* offsets;   // [groups + 1], increasing
-  const float* uniforms;    // [channels], in [0, 1)
+  const float* uniforms;    // [channels], in [0, 1), or null: then Philox numbers of `seed`
   float* log_threshold;     // [groups], written
   float* probability;       // [channels], written
   float* mask;              // [channels], written
   int64_t groups;
   double temperature;
+  uint64_t seed;
+  int64_t threads;  // at most
 };
 void ratio_forward(const RatioForward& args);
 
@@ -42,5 +46,8 @@ struct RatioStep {
   Adam adam;
 };
 void ratio_step(const RatioStep& args);
+
+// The cost at ratios sigmoid(theta), and its gradient by the ratios.
+void table_cost(const CostTables& tables, const float* theta, int64_t groups, float* cost, float* cost_grad);
 
 }  // namespace hwprune

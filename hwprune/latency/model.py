@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hwprune.errors import InvalidInput, UnknownWorkload
 from hwprune.graph import Program, segments
+from hwprune.ops import CostTables
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -136,6 +137,35 @@ class CostModel:
         value = float(self._total(total, True))
         return value, torch.from_numpy(gradient).to(widths.device, widths.dtype)
 
+    def tables(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CostTables:
+        """The monotone cost as a share of `dense`, by keep ratios [G], for operators that look it up themselves."""
+        gather, count = self._smooth, len(self.axes)
+        matrix = np.zeros((count + 1, self.groups))  # [A + 1, G] elements per ratio; the last axis is that of no axis
+        matrix[:count] = self._matrix * self.full
+        counts = gather.counts[:, None]  # [A + 1, 1]
+        inside = np.arange(gather.knots.shape[1])[None] < np.maximum(counts - 1, 1)  # intervals, but at least one start
+        strides = np.stack([gather.stride, np.ones_like(gather.stride)], 1)  # [T, 2]
+        # The model's offset is a term of its own, over no axis.
+        pair = np.concatenate([gather.axes, [[count, count]]])
+        flat = np.concatenate([self.scale * gather.flat, [self.offset]]) / self.dense
+        members, weights = _padded(matrix)
+        uses, use_weights = _padded(matrix[pair.ravel()].T)
+        arrays = (
+            members,
+            weights,
+            np.append(self._offsets, 0.0),
+            np.where(inside, gather.knots, np.inf),
+            np.where(inside, gather.per_step, 0.0),
+            pair,
+            np.append(gather.base, len(gather.flat)),
+            np.concatenate([np.where(gather.counts[gather.axes] > 1, strides, 0), [[0, 0]]]),
+            flat,
+            uses,
+            use_weights,
+        )
+        made = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        return CostTables(*(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in made))
+
     # -- how
 
     @cached_property
@@ -225,6 +255,15 @@ class CostModel:
             inside = np.array(sorted({w for w in options if least < w < full} | {least, full}), dtype=np.int64)
             found.append(_thin(inside, MOST_LEVELS))
         return found
+
+
+def _padded(matrix: Floats) -> tuple[Ints, Floats]:
+    """The columns [N, M] where each row [N, ...] is not 0, and what stands there; short rows end in column 0 with 0."""
+    used = matrix != 0
+    most = max(1, int(used.sum(1).max(initial=0)))
+    columns = np.argsort(~used, axis=1, kind="stable")[:, :most]
+    values = np.take_along_axis(matrix, columns, 1)
+    return np.where(values != 0, columns, 0), values
 
 
 def _thin(levels: Ints, most: int) -> Ints:

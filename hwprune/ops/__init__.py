@@ -2,6 +2,15 @@
 
 from hwprune.ops._native import backends
 from hwprune.ops.masked_conv import masked_bn_act, masked_conv2d
-from hwprune.ops.ratio_update import ratio_forward, ratio_step
+from hwprune.ops.ratio_update import CostTables, philox_uniforms, ratio_forward, ratio_step, ratio_step_priced
 
-__all__ = ["backends", "masked_bn_act", "masked_conv2d", "ratio_forward", "ratio_step"]
+__all__ = [
+    "CostTables",
+    "backends",
+    "masked_bn_act",
+    "masked_conv2d",
+    "philox_uniforms",
+    "ratio_forward",
+    "ratio_step",
+    "ratio_step_priced",
+]

@@ -11,11 +11,16 @@ the gradient of the ratio. The authors' code ignores the floor of 0.01 and the c
 are differentiated, so that it agrees with finite differences.
 """
 
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from hwprune.errors import InvalidInput
 from hwprune.ops import _native, reference
+from hwprune.ops.reference import CostTables as CostTables  # part of this interface
 
 
 def ratio_forward(
@@ -23,8 +28,9 @@ def ratio_forward(
     importance: Tensor,  # [ΣC]
     offsets: Tensor,  # [G+1]
     temperature: float,
-    uniforms: Tensor,  # [ΣC]
+    uniforms: Tensor | None = None,  # [ΣC]
     *,
+    seed: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solves every group's threshold for its keep ratio α = sigmoid(theta), and draws Bernoulli masks.
@@ -34,8 +40,11 @@ def ratio_forward(
         importance: [ΣC], at least 0. No gradient flows into it.
         offsets: [G+1] int64, strictly increasing from 0 to ΣC.
         temperature: sharpness, above 0; the tolerance on the log threshold is proportional to its inverse.
-        uniforms: [ΣC] in [0, 1), the randomness of the masks.
-        backend: "auto", "reference", "cpp" (float32 on the CPU) or "cuda" (float32 on a CUDA device).
+        uniforms: [ΣC] in [0, 1), the randomness of the masks; or
+        seed: 64 bits, instead of uniforms: those of `philox_uniforms`, made where they are used. Equal seeds draw equal
+            masks in every backend wherever p is the same.
+        backend: "auto", "reference", "cpp" (float32 on the CPU), "cuda" (float32 on a CUDA device) or "triton" (the
+            same; on the CPU under TRITON_INTERPRET=1).
 
     Returns:
         log_threshold [G], p [ΣC] and m [ΣC], which is 1 where uniforms < p and else 0. Gradients reach theta from the
@@ -46,10 +55,14 @@ def ratio_forward(
         InvalidInput: shapes, dtypes or values do not fit.
         BackendUnavailable: the backend asked for is absent or does not take these tensors.
     """
-    _check_flat(theta, offsets, importance=importance, uniforms=uniforms)
+    if (uniforms is None) == (seed is None):
+        raise InvalidInput("ratio_forward takes either uniforms or a seed: give one of them")
+    flat = {"importance": importance} if uniforms is None else {"importance": importance, "uniforms": uniforms}
+    _check_flat(theta, offsets, **flat)
     if not temperature > 0:
         raise InvalidInput(f"temperature={temperature} must be above 0")
-    log_threshold, p, m = _forward(theta, importance, offsets, temperature, uniforms, backend)
+    key = _signed(seed or 0)
+    log_threshold, p, m = _forward(theta, importance, offsets, temperature, uniforms, backend, key)
     return log_threshold, p, m
 
 
@@ -83,7 +96,7 @@ def ratio_step(
         step: number of this step, counted from 1.
         lr, betas, eps: Adam's.
         cut: channels with σ(1-σ) at most this are left out; a group with no other takes no gradient from its masks.
-        backend: "auto", "reference" or "cpp" (float32 on the CPU).
+        backend: as for `ratio_forward`.
 
     Returns:
         [G], dL/dα + multiplier * cost_grad.
@@ -92,17 +105,72 @@ def ratio_step(
         InvalidInput: shapes or dtypes do not fit, or step is below 1.
         BackendUnavailable: the backend asked for is absent or does not take these tensors.
     """
-    _check_flat(theta, offsets, grad_mask=grad_mask, p=p)
-    for name, tensor in (("cost_grad", cost_grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _check_like(name, tensor, theta, len(theta))
-    if step < 1:
-        raise InvalidInput(f"step={step} must be at least 1: Adam's bias correction counts from there")
+    _check_step(theta, grad_mask, p, offsets, step, cost_grad=cost_grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     state = exp_avg, exp_avg_sq
     with torch.no_grad():
         ratio_grad: Tensor = _step(
             theta, grad_mask, p, offsets, cost_grad, multiplier, *state, step, lr, *betas, eps, cut, backend
         )
     return ratio_grad
+
+
+def ratio_step_priced(
+    theta: Tensor,  # [G], updated
+    grad_mask: Tensor,  # [ΣC]
+    p: Tensor,  # [ΣC]
+    offsets: Tensor,  # [G+1]
+    tables: CostTables,
+    multiplier: float,
+    penalty: float,
+    exp_avg: Tensor,  # [G], updated
+    exp_avg_sq: Tensor,  # [G], updated
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    cut: float = 1e-4,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ratio_step` that looks the cost and its gradient up itself, so that nothing waits for a device.
+
+    Args:
+        tables: the cost as a function of the ratios; `hwprune.latency.CostModel.tables`.
+        multiplier, penalty: the cost's gradient is weighted by multiplier + penalty · cost, which is what an augmented
+            Lagrangian asks for.
+
+    Returns:
+        [G], dL/dα + (multiplier + penalty · cost) · d cost / dα; [], the cost at the ratios before the step; and [G],
+        d cost / dα.
+
+    Raises:
+        InvalidInput: shapes or dtypes do not fit, or step is below 1.
+        BackendUnavailable: the backend asked for is absent or does not take these tensors.
+    """
+    _check_step(theta, grad_mask, p, offsets, step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _check_tables(theta, tables)
+    state = exp_avg, exp_avg_sq
+    with torch.no_grad():
+        ratio_grad, cost, cost_grad = _step_priced(
+            theta, grad_mask, p, offsets, list(tables), multiplier, penalty, *state, step, lr, *betas, eps, cut, backend
+        )
+    return ratio_grad, cost, cost_grad
+
+
+def philox_uniforms(seed: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The uniform numbers that `ratio_forward` makes from a seed, in [0, 1): [count] float32.
+
+    Philox4x32-10 (Salmon et al., SC 2011): number i is the upper 24 bits of word i % 4 of the block whose counter is
+    i // 4 and whose 64-bit key is the seed.
+    """
+    return reference.philox_uniforms(_signed(seed), count, device)
+
+
+def _signed(seed: int) -> int:
+    """The seed's 64 bits as the int64 that operators take. Raises InvalidInput where there are more."""
+    if not -(2**63) <= seed < 2**64:
+        raise InvalidInput(f"seed={seed} must fit in 64 bits")
+    return seed if seed < 2**63 else seed - 2**64
 
 
 def _check_like(name: str, tensor: Tensor, theta: Tensor, length: int) -> None:
@@ -127,6 +195,37 @@ def _check_flat(theta: Tensor, offsets: Tensor, **flat: Tensor) -> None:
         _check_like(name, tensor, theta, channels)
 
 
+def _check_step(theta: Tensor, grad_mask: Tensor, p: Tensor, offsets: Tensor, step: int, **per_group: Tensor) -> None:
+    _check_flat(theta, offsets, grad_mask=grad_mask, p=p)
+    for name, tensor in per_group.items():
+        _check_like(name, tensor, theta, len(theta))
+    if step < 1:
+        raise InvalidInput(f"step={step} must be at least 1: Adam's bias correction counts from there")
+
+
+def _check_tables(theta: Tensor, tables: CostTables) -> None:
+    """Shapes, dtypes and devices of the tables; what their indices say is CostModel's business."""
+    axes, members = tables.members.shape
+    intervals, terms, uses = tables.starts.shape[1], len(tables.base), tables.uses.shape[1]
+    shapes: list[tuple[int, ...]] = [
+        *[(axes, members)] * 2,
+        (axes,),
+        *[(axes, intervals)] * 2,
+        *[(terms, 2), (terms,), (terms, 2)],
+        (len(tables.flat),),
+        *[(len(theta), uses)] * 2,
+    ]
+    for name, tensor, shape in zip(CostTables._fields, tables, shapes, strict=True):
+        dtype = torch.int64 if name in ("members", "pair", "base", "strides", "uses") else theta.dtype
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != theta.device:
+            raise InvalidInput(
+                f"tables.{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+                f"it must be {dtype} {list(shape)} on {theta.device}"
+            )
+        if not tensor.is_contiguous():
+            raise InvalidInput(f"tables.{name} must be contiguous; take tables from CostModel.tables")
+
+
 def _check_offsets(offsets: Tensor, channels: int) -> None:
     """Values of the offsets. On a device they are not looked at: that would wait for it."""
     if offsets.device.type != "cpu":
@@ -135,55 +234,86 @@ def _check_offsets(offsets: Tensor, channels: int) -> None:
         raise InvalidInput(f"offsets must increase strictly from 0 to {channels}, the number of channels")
 
 
-def _refusals(theta: Tensor, native: tuple[str, ...]) -> dict[str, str | None]:
-    """Backends of an operator on theta's device and dtype, each with the reason why it cannot run."""
+def _refusals(theta: Tensor, updated: Sequence[Tensor] = ()) -> dict[str, str | None]:
+    """The backends, each with the reason why it cannot run on theta's device and dtype, or update these in place."""
     refusals: dict[str, str | None] = {"reference": None}
-    for backend in native:
-        device = {"cpp": "cpu", "cuda": "cuda"}[backend]
-        if theta.device.type != device or theta.dtype != torch.float32:
+    for backend, device in (("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
+        anywhere = backend == "triton" and _native.interpreted()
+        if theta.dtype != torch.float32 or (theta.device.type != device and not anywhere):
             refusals[backend] = f"it takes float32 on {device}, and theta is {theta.dtype} on {theta.device}"
+        elif not all(tensor.is_contiguous() for tensor in updated):
+            refusals[backend] = "theta, exp_avg and exp_avg_sq must be contiguous, for they are updated in place"
         else:
             refusals[backend] = _native.missing(backend)
     return refusals
 
 
+def _choose(op: str, backend: str, refusals: dict[str, str | None]) -> str:
+    # Of the two on a device the native one comes first by assumption: neither has been timed there yet.
+    return _native.choose(op, backend, refusals, ("cpp", "cuda", "triton", "reference"))
+
+
+def _kernels() -> ModuleType:
+    """The Triton kernels, imported where they are used: they cost a second."""
+    return import_module("hwprune.kernels.ratio_update")
+
+
 @torch.library.custom_op("hwprune::ratio_forward", mutates_args=())
 def _forward(
-    theta: Tensor, importance: Tensor, offsets: Tensor, temperature: float, uniforms: Tensor, backend: str
+    theta: Tensor,
+    importance: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    uniforms: Tensor | None,
+    backend: str,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_offsets(offsets, len(importance))
     if importance.device.type == "cpu" and len(importance):
         least, most = importance.aminmax()
         if not (least >= 0 and most < float("inf")):
             raise InvalidInput("importance holds negative, infinite or NaN values; it must be finite and at least 0")
-    chosen = _native.choose("ratio_forward", backend, _refusals(theta, ("cpp", "cuda")), ("cpp", "reference"))
+    chosen = _choose("ratio_forward", backend, _refusals(theta))
     if chosen == "reference":
+        if uniforms is None:
+            uniforms = reference.philox_uniforms(seed, len(importance), theta.device).to(theta.dtype)
         return reference.ratio_forward(theta, importance, offsets, temperature, uniforms)
-    inputs = [tensor.contiguous() for tensor in (theta, importance, offsets, uniforms)]
-    outputs = torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.empty_like(inputs[1])
-    addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs)]
+    theta, importance, offsets = theta.contiguous(), importance.contiguous(), offsets.contiguous()
+    uniforms = None if uniforms is None else uniforms.contiguous()
+    outputs = torch.empty_like(theta), torch.empty_like(importance), torch.empty_like(importance)
+    if chosen == "triton":
+        _kernels().ratio_forward(theta, importance, offsets, uniforms, seed, temperature, *outputs)
+        return outputs
+    drawn = 0 if uniforms is None else uniforms.data_ptr()
+    addresses = theta.data_ptr(), importance.data_ptr(), offsets.data_ptr(), drawn, *(o.data_ptr() for o in outputs)
+    call = *addresses, len(theta), temperature, seed % 2**64
     if chosen == "cpp":
-        _native.module("cpp").ratio_forward(*addresses, len(theta), temperature)
+        _native.module("cpp").ratio_forward(*call, torch.get_num_threads())
     else:
         with torch.cuda.device(theta.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _native.module("cuda").ratio_forward(*addresses, len(theta), temperature, stream)
+            _native.module("cuda").ratio_forward(*call, torch.cuda.current_stream().cuda_stream)
     return outputs
 
 
 @_forward.register_fake
 def _(
-    theta: Tensor, importance: Tensor, offsets: Tensor, temperature: float, uniforms: Tensor, backend: str
+    theta: Tensor,
+    importance: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    uniforms: Tensor | None,
+    backend: str,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return theta.new_empty(theta.shape), theta.new_empty(importance.shape), theta.new_empty(importance.shape)
 
 
 def _save_for_theta(
     ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, float, Tensor, str],
+    inputs: tuple[Tensor, Tensor, Tensor, float, Tensor | None, str, int],
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    theta, _, offsets, temperature, _, _ = inputs
+    theta, _, offsets, temperature, *_ = inputs
     ctx.save_for_backward(theta, offsets, output[1])
     ctx.temperature = temperature  # type: ignore[attr-defined]
 
@@ -199,7 +329,7 @@ def _grad_theta(
     numerator = weighted - grad_log_threshold / ctx.temperature  # type: ignore[attr-defined]
     grad_ratio = torch.where(total > 0, offsets.diff() * numerator / total.where(total > 0, 1), 0)
     ratio = theta.sigmoid()
-    return grad_ratio * ratio * (1 - ratio), None, None, None, None, None
+    return grad_ratio * ratio * (1 - ratio), None, None, None, None, None, None
 
 
 _forward.register_autograd(_grad_theta, setup_context=_save_for_theta)
@@ -224,17 +354,24 @@ def _step(
     backend: str,
 ) -> Tensor:
     _check_offsets(offsets, len(p))
-    refusals = _refusals(theta, ("cpp",))
-    if not (theta.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-        refusals["cpp"] = "theta, exp_avg and exp_avg_sq must be contiguous, for they are updated in place"
-    if _native.choose("ratio_step", backend, refusals, ("cpp", "reference")) == "reference":
+    state = theta, exp_avg, exp_avg_sq
+    chosen = _choose("ratio_step", backend, _refusals(theta, state))
+    if chosen == "reference":
         return reference.ratio_step(
             theta, grad_mask, p, offsets, cost_grad, multiplier, exp_avg, exp_avg_sq, step, lr, (beta1, beta2), eps, cut
         )
     inputs = [tensor.contiguous() for tensor in (grad_mask, p, offsets, cost_grad)]
     ratio_grad = torch.empty_like(theta)
-    addresses = [tensor.data_ptr() for tensor in (*inputs, theta, exp_avg, exp_avg_sq, ratio_grad)]
-    _native.module("cpp").ratio_step(*addresses, len(theta), multiplier, cut, lr, beta1, beta2, eps, step)
+    scalars = multiplier, cut, lr, beta1, beta2, eps, step
+    if chosen == "triton":
+        _kernels().ratio_step(*inputs, *state, ratio_grad, *scalars)
+        return ratio_grad
+    call = *(tensor.data_ptr() for tensor in (*inputs, *state, ratio_grad)), len(theta), *scalars
+    if chosen == "cpp":
+        _native.module("cpp").ratio_step(*call)
+    else:
+        with torch.cuda.device(theta.device):
+            _native.module("cuda").ratio_step(*call, torch.cuda.current_stream().cuda_stream)
     return ratio_grad
 
 
@@ -257,3 +394,74 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty_like(theta)
+
+
+@torch.library.custom_op("hwprune::ratio_step_priced", mutates_args=("theta", "exp_avg", "exp_avg_sq"))
+def _step_priced(
+    theta: Tensor,
+    grad_mask: Tensor,
+    p: Tensor,
+    offsets: Tensor,
+    tables: Sequence[Tensor],
+    multiplier: float,
+    penalty: float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    cut: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_offsets(offsets, len(p))
+    state = theta, exp_avg, exp_avg_sq
+    chosen = _choose("ratio_step_priced", backend, _refusals(theta, state))
+    parts = CostTables(*tables)
+    if chosen == "reference":
+        cost, cost_grad = reference.table_cost(theta.sigmoid(), parts)
+        weighted = (multiplier + penalty * cost) * cost_grad
+        adam = step, lr, (beta1, beta2), eps
+        ratio_grad = reference.ratio_step(theta, grad_mask, p, offsets, weighted, 1.0, exp_avg, exp_avg_sq, *adam, cut)
+        return ratio_grad, cost, cost_grad
+    inputs = [tensor.contiguous() for tensor in (grad_mask, p, offsets)]
+    outputs = torch.empty_like(theta), theta.new_empty(()), torch.empty_like(theta)
+    scalars = multiplier, penalty, cut, lr, beta1, beta2, eps, step
+    if chosen == "triton":
+        _kernels().ratio_step_priced(*inputs, parts, *state, *outputs, *scalars)
+        return outputs
+    sizes = [*parts.members.shape, parts.starts.shape[1], len(parts.base), parts.uses.shape[1]]
+    addresses = [tensor.data_ptr() for tensor in (*state, *outputs)]
+    fixed = *(tensor.data_ptr() for tensor in inputs), [tensor.data_ptr() for tensor in tables], sizes
+    if chosen == "cpp":
+        _native.module("cpp").ratio_step_priced(*fixed, *addresses, len(theta), *scalars)
+    else:
+        before = theta.clone()  # every block reads all ratios, and no block waits for another
+        with torch.cuda.device(theta.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            native = _native.module("cuda")
+            native.ratio_step_priced(*fixed, before.data_ptr(), *addresses, len(theta), *scalars, stream)
+    return outputs
+
+
+@_step_priced.register_fake
+def _(
+    theta: Tensor,
+    grad_mask: Tensor,
+    p: Tensor,
+    offsets: Tensor,
+    tables: Sequence[Tensor],
+    multiplier: float,
+    penalty: float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    cut: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(theta), theta.new_empty(()), torch.empty_like(theta)

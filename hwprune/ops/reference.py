@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,55 @@ def spread(p: Tensor) -> Tensor:
     """σ(1-σ) of the sigmoid σ behind a keep probability p, and 0 where p is capped at 1 and no longer moves."""
     soft = p - FLOOR
     return torch.where(p < 1, soft * (1 - soft), 0)
+
+
+class CostTables(NamedTuple):
+    """A cost as a sum of terms, each tabulated over the sizes of two axes and bilinear in between.
+
+    An axis has the size origin + Σ weights · ratio[members], in elements. Below its first start an axis costs what that
+    costs and keeps the slope; likewise above its last interval. What takes no axis takes one of one knot, without
+    weights. Floats have the dtype and all have the device of the ratios.
+    `hwprune.latency.CostModel.tables` makes them from a measured model.
+    """
+
+    members: Tensor  # [A, M] int64, groups
+    weights: Tensor  # [A, M], elements per unit of the ratio; 0 where there are fewer members
+    origin: Tensor  # [A], elements that no group moves
+    starts: Tensor  # [A, K], where the intervals begin, ascending; infinite where there are fewer
+    per_step: Tensor  # [A, K], 1 / the interval's length; 0 where there is none
+    pair: Tensor  # [T, 2] int64, the axes of a term
+    base: Tensor  # [T] int64, its table's first entry in `flat`
+    strides: Tensor  # [T, 2] int64, entries from knot to knot; 0 along an axis of one knot
+    flat: Tensor  # [F], the tables end to end
+    uses: Tensor  # [G, U] int64, slopes that a group moves: 2 · term + (0 or 1)
+    use_weights: Tensor  # [G, U], as `weights`
+
+
+_PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_PHILOX_INCREMENTS = 0x9E3779B9, 0xBB67AE85
+
+
+def philox_uniforms(seed: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first `count` uniform numbers of a seed, in [0, 1): [count] float32, the same bits in every backend.
+
+    Philox4x32-10 of Salmon et al. (SC 2011): number i is the upper 24 bits of word i % 4 of the block whose 128-bit
+    counter is i // 4 and whose 64-bit key is the seed.
+    """
+    low = 0xFFFFFFFF
+    counter = torch.arange((count + 3) // 4, device=device)
+    words = [counter & low, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    keys = [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        # The product of two words wraps around int64, whose bits are still those of the product.
+        even, odd = (words[2 * i] * multiplier for i, multiplier in enumerate(_PHILOX_MULTIPLIERS))
+        words = [
+            (odd >> 32 & low) ^ words[1] ^ keys[0],
+            odd & low,
+            (even >> 32 & low) ^ words[3] ^ keys[1],
+            even & low,
+        ]
+        keys = [(key + increment) & low for key, increment in zip(keys, _PHILOX_INCREMENTS, strict=True)]
+    return (torch.stack(words, 1).flatten()[:count] >> 8).float() * 2.0**-24
 
 
 def ratio_forward(
@@ -99,6 +149,24 @@ def ratio_step(
     root = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
     theta.addcdiv_(exp_avg, root, value=-lr / (1 - betas[0] ** step))
     return ratio_grad
+
+
+def table_cost(ratio: Tensor, tables: CostTables) -> tuple[Tensor, Tensor]:
+    """The cost at ratios [G] and its gradient by them: [] and [G]."""
+    sizes = tables.origin + (tables.weights * ratio[tables.members]).sum(1)  # [A]
+    interval = (tables.starts[:, 1:] <= sizes[:, None]).sum(1, keepdim=True)  # [A, 1]
+    start, per_step = (line.gather(1, interval)[:, 0] for line in (tables.starts, tables.per_step))
+    part = ((sizes - start) * per_step).clamp(0, 1)
+    (a, b), (right, up) = tables.pair.T, tables.strides.T  # [T] each
+    u, v = part[a], part[b]
+    corner = tables.base + interval[a, 0] * right + interval[b, 0] * up
+    t00, t10 = tables.flat[corner], tables.flat[corner + right]
+    t01, t11 = tables.flat[corner + up], tables.flat[corner + right + up]
+    low, high = t00 + u * (t10 - t00), t01 + u * (t11 - t01)
+    by_a = ((1 - v) * (t10 - t00) + v * (t11 - t01)) * per_step[a]
+    by_b = (high - low) * per_step[b]
+    slopes = torch.stack([by_a, by_b], 1).flatten()  # [T * 2]
+    return (low + v * (high - low)).sum(), (tables.use_weights * slopes[tables.uses]).sum(1)
 
 
 def _apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:

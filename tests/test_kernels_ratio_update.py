@@ -1,0 +1,208 @@
+"""The keep-ratio operators in every backend: C++, Triton (interpreted where there is no device) and CUDA."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_accurate
+
+from hwprune import ops
+from hwprune.errors import InvalidInput
+from hwprune.latency.model import CostAxis, CostModel, CostTerm
+from hwprune.ops import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+TOLERANCE = 2.0**-16  # of the solver, in units of the sigmoid's argument
+AVAILABLE = [name for name, cause in ops.backends().items() if cause is None and name != "reference"]
+DEVICE = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
+# Beyond 2048 channels the kernels leave their registers; groups begin at multiples of 4 or not.
+WIDTHS = [[1], [3, 5, 1, 7], [64] * 3, [2048, 16], [2049, 300], [5003, 2, 4096]]
+property_test = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def ragged(widths, seed=0):
+    """theta, importance, offsets and uniforms of groups with these widths, in float32; some importances are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *widths]).cumsum(0)
+    importance = torch.randn(int(offsets[-1]), generator=generator).exp()
+    importance[torch.rand(importance.shape, generator=generator) < 0.02] = 0
+    theta = 6 * torch.rand(len(widths), generator=generator) - 3
+    return theta, importance, offsets, torch.rand(importance.shape, generator=generator)
+
+
+def model_of(groups, seed=0):
+    """A cost over single groups, a pair and a concatenation of all, with terms of no axis, one axis and two."""
+    draw = np.random.default_rng(seed)
+    full = draw.integers(4, 40, groups)
+    members = [[g] for g in range(groups)] + [[0, groups - 1], list(range(groups))]
+    axes = []
+    for used in members:
+        weights = draw.integers(1, 4, len(used))
+        offset, most = int(draw.integers(0, 9)), int(weights @ full[used])
+        knots = np.unique(np.append(draw.integers(1, most, 5), [1, most])) + offset
+        axes.append(CostAxis(np.array(used), weights, offset, knots))
+    pairs = [(), (0,), (groups + 1,), *((a, (a + 1) % len(axes)) for a in range(len(axes)))]
+    terms = []
+    for pair in pairs:
+        shape = tuple(len(axes[a].knots) for a in pair)
+        table = draw.random(shape) + 0.1
+        for dim in range(len(shape)):
+            table = table.cumsum(dim)
+        terms.append(CostTerm("term", pair, table))
+    return CostModel("ms", full, tuple(axes), tuple(terms), scale=1.1, offset=0.3)
+
+
+def step_arguments(widths, seed=0, dtype=torch.float32, device="cpu"):
+    """theta, grad_mask, p, offsets, the tables of a cost, and Adam's two states."""
+    theta, importance, offsets, uniforms = ragged(widths, seed)
+    p = ops.ratio_forward(theta, importance, offsets, 5.0, uniforms, backend="reference")[1]
+    generator = torch.Generator().manual_seed(seed)
+    grad_mask = torch.randn(p.shape, generator=generator)
+    tensors = [t.to(device, dtype) for t in (theta, grad_mask, p, torch.zeros_like(theta), torch.zeros_like(theta))]
+    # float32 first, so that every dtype sees the same numbers.
+    tables = model_of(len(widths), seed).tables()
+    tables = ops.CostTables(*(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in tables))
+    return [*tensors[:3], offsets.to(device), tables, *tensors[3:]]
+
+
+def three_steps(backend, widths, seed=0, dtype=torch.float32, device="cpu"):
+    theta, grad_mask, p, offsets, tables, *state = step_arguments(widths, seed, dtype, device)
+    outputs = []
+    for step in (1, 2, 3):
+        outputs += ops.ratio_step_priced(
+            theta, grad_mask, p, offsets, tables, 0.4, 0.7, *state, step=step, lr=0.05, backend=backend
+        )
+    return [torch.cat([out.reshape(-1).cpu() for out in outputs[i::3]]) for i in range(3)] + [
+        tensor.cpu() for tensor in (theta, *state)
+    ]
+
+
+def test_philox_gives_its_published_numbers():
+    """The first known answers of Random123: counter and key 0, and all bits set in the low half of the key's space."""
+    first = (ops.philox_uniforms(0, 4).double() * 2**24).long().tolist()
+    assert first == [0x6627E8D5 >> 8, 0xE169C58D >> 8, 0xBC57AC4C >> 8, 0x9B00DBD8 >> 8]
+    long = ops.philox_uniforms(2**64 - 1, 40_000)
+    assert torch.equal(long[:10], ops.philox_uniforms(-1, 10))  # the same 64 bits
+    assert long.min() >= 0 and long.max() < 1 and (long.mean() - 0.5).abs() < 0.01
+    assert not torch.equal(long[:8], ops.philox_uniforms(2**32 - 1, 8))  # the upper half of the key counts
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**40 + 7, 2**64 - 1])
+def test_a_seed_draws_the_same_bits_in_every_backend(backend, seed):
+    theta, importance, offsets, _ = (tensor.to(DEVICE[backend]) for tensor in ragged([3, 2050, 7, 18, 4]))
+    _, p, mask = ops.ratio_forward(theta, importance, offsets, 3.0, seed=seed, backend=backend)
+    assert torch.equal(mask.cpu(), (ops.philox_uniforms(seed, len(p)) < p.cpu()).float())
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_forward_is_as_accurate_as_plain_torch(backend, widths, temperature):
+    inputs = ragged(widths)
+    theta, importance, offsets, uniforms = inputs
+    truth = ops.ratio_forward(
+        theta.double(), importance.double(), offsets, temperature, uniforms.double(), backend="reference"
+    )
+    plain = ops.ratio_forward(theta, importance, offsets, temperature, uniforms, backend="reference")
+    theta, importance, offsets, uniforms = (tensor.to(DEVICE[backend]) for tensor in inputs)
+    actual = ops.ratio_forward(theta, importance, offsets, temperature, uniforms, backend=backend)
+    assert_as_accurate(actual[1].cpu(), plain[1], truth[1], slack=TOLERANCE)
+    # Where no channel is between kept and dropped, any threshold of an interval solves; p says which are the same.
+    assert actual[0].isfinite().all()
+    assert torch.equal(actual[2], (uniforms < actual[1]).float())
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("widths", [[1, 2], [3, 5, 1, 7], [5003, 2, 1024], [16, 24] * 20], ids=str)
+def test_priced_step_is_as_accurate_as_plain_torch(backend, widths):
+    truth = three_steps("reference", widths, dtype=torch.float64)
+    plain = three_steps("reference", widths)
+    actual = three_steps(backend, widths, device=DEVICE[backend])
+    for ours, torchs, exact in zip(actual, plain, truth, strict=True):
+        assert_as_accurate(ours, torchs, exact, slack=1e-6)
+
+
+@property_test
+@given(st.lists(st.integers(1, 70), min_size=2, max_size=6), st.integers(0, 99))
+def test_cpp_steps_as_accurately_on_any_cost(widths, seed):
+    runs = [("reference", torch.float64), ("reference", torch.float32), ("cpp", torch.float32)]
+    truth, plain, actual = (three_steps(backend, widths, seed, dtype) for backend, dtype in runs)
+    for ours, torchs, exact in zip(actual, plain, truth, strict=True):
+        assert_as_accurate(ours, torchs, exact, slack=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", *AVAILABLE])
+def test_a_priced_step_is_the_step_with_that_gradient(backend):
+    theta, grad_mask, p, offsets, tables, *state = step_arguments([5, 64, 9], device=DEVICE.get(backend, "cpu"))
+    other = theta.clone(), *(tensor.clone() for tensor in state)
+    options = {"step": 4, "lr": 0.1, "cut": 1e-3, "backend": backend}
+    ratio_grad, cost, cost_grad = ops.ratio_step_priced(
+        theta, grad_mask, p, offsets, tables, 0.5, 2.0, *state, **options
+    )
+    weight = 0.5 + 2.0 * float(cost)
+    expected = ops.ratio_step(other[0], grad_mask, p, offsets, cost_grad, weight, *other[1:], **options)
+    torch.testing.assert_close(ratio_grad, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theta, other[0], rtol=1e-5, atol=1e-5)
+    assert cost_grad.abs().min() > 0
+
+
+@property_test
+@given(st.integers(2, 5), st.integers(0, 99))
+def test_tables_are_the_cost_model(groups, seed):
+    model = model_of(groups, seed)
+    ratio = torch.rand(groups, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    value, gradient = model.value_and_grad(ratio * torch.from_numpy(model.full))
+    cost, by_ratio = reference.table_cost(ratio, model.tables(dtype=torch.float64))
+    torch.testing.assert_close(cost * model.dense, torch.tensor(value, dtype=torch.float64))
+    torch.testing.assert_close(by_ratio * model.dense, gradient * torch.from_numpy(model.full))
+
+
+def test_the_gradient_of_the_cost_is_its_derivative():
+    tables = model_of(4).tables(dtype=torch.float64)
+    ratio = torch.tensor([0.9, 0.6, 0.7, 0.8], dtype=torch.float64, requires_grad=True)
+    cost, gradient = reference.table_cost(ratio, tables)
+    torch.testing.assert_close(torch.autograd.grad(cost, ratio)[0], gradient.detach())
+
+
+@pytest.mark.parametrize("backend", ["reference", *AVAILABLE])
+def test_seeded_and_priced_operators_obey_the_rules_of_torch_library(backend):
+    device = DEVICE.get(backend, "cpu")
+    theta, importance, offsets, _ = (tensor.to(device) for tensor in ragged([3, 8]))
+    theta.requires_grad_()
+    torch.library.opcheck(torch.ops.hwprune.ratio_forward, (theta, importance, offsets, 2.0, None, backend, 7))
+    theta, grad_mask, p, offsets, tables, *state = step_arguments([3, 8], device=device)
+    arguments = (theta, grad_mask, p, offsets, list(tables), 0.5, 0.1, *state, 1, 0.1, 0.9, 0.999, 1e-8, 1e-4, backend)
+    torch.library.opcheck(torch.ops.hwprune.ratio_step_priced, arguments)
+
+
+@pytest.mark.parametrize("uniforms, seed", [(None, None), (torch.rand(4), 3)])
+def test_masks_need_one_source_of_randomness(uniforms, seed):
+    theta, importance, offsets, _ = ragged([4])
+    with pytest.raises(InvalidInput, match="either uniforms or a seed"):
+        ops.ratio_forward(theta, importance, offsets, 2.0, uniforms, seed=seed)
+
+
+def test_a_seed_has_64_bits():
+    theta, importance, offsets, _ = ragged([4])
+    with pytest.raises(InvalidInput, match="must fit in 64 bits"):
+        ops.ratio_forward(theta, importance, offsets, 2.0, seed=2**64)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("flat", lambda t: t.double(), r"tables.flat is torch.float64 \[\d+\] on cpu; it must be torch.float32"),
+        ("uses", lambda t: t[:1], r"tables.uses is torch.int64 \[1, \d+\] on cpu; it must be torch.int64 \[3, "),
+        ("pair", lambda t: t.T.contiguous().T, r"tables.pair must be contiguous"),
+    ],
+)
+def test_tables_that_do_not_fit_are_named(name, change, message):
+    theta, grad_mask, p, offsets, tables, *state = step_arguments([5, 6, 7])
+    tables = tables._replace(**{name: change(getattr(tables, name))})
+    with pytest.raises(InvalidInput, match=message):
+        ops.ratio_step_priced(theta, grad_mask, p, offsets, tables, 0.0, 0.0, *state, step=1, lr=0.1)
