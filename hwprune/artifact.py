@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from hwprune.errors import BackendUnavailable, CorruptArtifact, InvalidInput, UnsupportedModel
 from hwprune.graph import Program, cut, trace
+from hwprune.nn import ColumnPrunedConv2d
 
 SCHEMA = 1
 SPEC, WEIGHTS, PROGRAM = "spec.json", "weights.safetensors", "program.pt2"
@@ -165,6 +166,10 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module] | None = Non
             "that it was pruned with"
         )
     module = cut(dense, program, spec.keep).module
+    for path in [key.removesuffix(".columns") for key in state if key.endswith(".columns")]:
+        conv = module.get_submodule(path)
+        if isinstance(conv, nn.Conv2d):
+            module.set_submodule(path, ColumnPrunedConv2d.from_conv(conv, state[f"{path}.columns"]))
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

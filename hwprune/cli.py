@@ -1,4 +1,4 @@
-"""The command line: ``hwprune doctor | check | profile | prune | measure | export | tables | methods``.
+"""The command line: ``hwprune doctor | check | profile | prune | compare | measure | export | tables | methods``.
 
 Every command prints a table for people, or with ``--json`` one JSON document on stdout. Errors are one sentence on
 stderr. Exit status: 0 done, 1 the check failed, 2 wrong input, 3 the finished network missed its budget,
@@ -19,8 +19,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from hwprune import __version__, artifact, ops, pipeline
-from hwprune.data import load_data
+from hwprune import __version__, artifact, comparison, ops, pipeline
+from hwprune.budget import Budget
+from hwprune.data import Data, load_data
 from hwprune.errors import HwpruneError, InvalidInput
 from hwprune.graph import trace
 from hwprune.latency import LatencyTable, Target, available_runtimes, fingerprint
@@ -314,6 +315,94 @@ def prune(
     if missed is not None:
         raise missed
     return 0
+
+
+@_command
+def compare(
+    model: ModelSpec,
+    data: Annotated[
+        str, typer.Option(help="digits, cifar10:PATH, fashion-mnist:PATH, folder:PATH or package.module:function")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Names with commas between; NAME@flops is guided by FLOPs, NAME:key=value sets an option. "
+            "All by default."
+        ),
+    ] = ",".join(METHODS),
+    budgets: Annotated[str, typer.Option(help="Budgets with commas between, such as 70%,50%,35%.")] = "50%",
+    seeds: Annotated[int, typer.Option(help="Runs of each, with the seeds 0, 1, ...", min=1)] = 3,
+    weights: Weights = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=0)] = 10,
+    search_epochs: Annotated[int, typer.Option(help="Epochs with masks.", min=0)] = 10,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of every phase; 0.1 by default.")] = None,
+    train_batch: Annotated[int, typer.Option(help="Images per training step.", min=2)] = 128,
+    subset: Annotated[int | None, typer.Option(help="Train on so many images only.")] = None,
+    validation: Annotated[
+        float, typer.Option(help="Part of the training images held out, for methods that search on others.", min=0)
+    ] = 0.1,
+    dense_epochs: Annotated[int, typer.Option(help="Epochs of training the dense model first, once.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Batch whose latency counts.", min=1)] = 1,
+    device: Device = "cpu",
+    runtime: Runtime = "eager",
+    dtype: Dtype = "float32",
+    memory_format: MemoryFormat = "contiguous",
+    threads: Threads = 1,
+    out: Annotated[Path, typer.Option(help="Folder of all runs, compare.json and compare.svg.")] = Path("runs/compare"),
+    table: Table = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at equal measured milliseconds; called again, it goes on with what is not finished."""
+    target = _target(device, runtime, dtype, memory_format, threads)
+    entries = [comparison.Entry.parse(text) for text in methods.split(",")]
+    limits = [str(Budget.parse(text)) for text in budgets.split(",")]
+
+    def load(seed: int) -> Data:
+        return load_data(data, batch_size=train_batch, subset=subset, validation=validation, seed=seed)
+
+    first = load(0)
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return load_model(model, classes=first.classes, in_channels=first.shape[0], weights=weights)
+
+    rows = comparison.compare(
+        network,
+        torch.randn((batch, *first.shape), generator=torch.Generator().manual_seed(0)),
+        entries,
+        limits,
+        range(seeds),
+        load,
+        schedule=comparison.Schedule(search_epochs, epochs),
+        recipe=Recipe(batch_size=train_batch) if lr is None else Recipe(batch_size=train_batch, lr=lr),
+        out=out,
+        dense_epochs=dense_epochs,
+        target=target,
+        name=model,
+        provenance={"data": data, "subset": subset, "validation": validation, "batch": batch},
+        table=table,
+        progress=not as_json,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    lines = comparison.summary(rows)
+    if as_json:
+        _print_json(lines)
+        return
+    cells = [
+        (
+            line["budget"],
+            line["method"],
+            f"{line['accuracy']:.2%}" + ("" if line["accuracy_std"] is None else f" ± {line['accuracy_std']:.2%}"),
+            f"{line['measured_ms']:.4g} ms",
+            f"{line['share_of_dense']:.1%}",
+            f"{line['met']}/{line['seeds']}",
+            f"{line['wall_s']:.0f} s",
+        )
+        for line in lines
+    ]
+    title = f"{model} on {target.describe()}"
+    _print_table(title, ("budget", "method", "accuracy", "measured", "of dense", "met", "wall time"), cells)
+    print(f"Saved in {out}: compare.json, compare.svg, and every run", file=sys.stderr)
 
 
 @_command

@@ -30,13 +30,14 @@ from hwprune.graph import Program, cut, keep_first, keep_top, resize, segments, 
 from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, build, fingerprint, flops_model
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
-from hwprune.nn import mask_
+from hwprune.nn import mask_, prune_columns_
 from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, create, method_class
 from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
 
 LAUNCH_BOUND = 0.8  # floor / dense above which widths no longer buy time
 LEAST_USE = 0.93  # of the budget; a network that measures less is grown again
 MOST_USE = 0.985  # of the budget while allocating, so that noise in the last measurement does not break it
+COLUMNS_PAY = 0.98  # of the time without them; below it, column kernels are deployed
 AIM = 0.965  # where the next allocation aims, in the middle of the two
 
 Attention = Literal["heads", "dims"]
@@ -76,6 +77,7 @@ class Plan:
     measured_ms: float | None  # None for a budget in FLOPs
     limit_ms: float | None  # the budget, by the dense model in the same window
     rounds: tuple[Mapping[str, float], ...]  # every allocation that was tried: predicted, measured, budget
+    columns: Mapping[str, float] | None = None  # where some were pruned: ms at equal widths, without and with them
 
     @property
     def used(self) -> float:
@@ -85,6 +87,11 @@ class Plan:
     @property
     def met(self) -> bool:
         return self.used <= 1
+
+    @property
+    def deploys_columns(self) -> bool:
+        """Whether convolutions that compute only their kept columns were measured to be faster here."""
+        return self.columns is not None and self.columns["with_ms"] < COLUMNS_PAY * self.columns["without_ms"]
 
 
 @dataclass(frozen=True)
@@ -306,6 +313,8 @@ class Pruning:
             with self.run.phase("refit"):
                 refit_(self.model, self.program.groups, self.keep, calibration)
         self.pruned = cut(self.model, self.program, self.keep)
+        if self.plan.deploys_columns:
+            prune_columns_(self.pruned.module, self.found.columns or {}, self.program.groups, self.keep)
         if self.pruned.kind == "program":
             self.say(f"the model's own forward cannot follow the cut ({self.pruned.reason}); the graph is used instead")
         return self.pruned.module
@@ -344,6 +353,7 @@ class Pruning:
             "measured_p80_ms": pruned.p80_ms,
             "measurements": pruned.count,
             "dense_accuracy": self.run.done.get("dense", {}).get("accuracy"),
+            "cut_accuracy": self.run.done.get("fine-tune", {}).get("cut_accuracy"),
             "accuracy": accuracy,
             "dense_parameters": _parameters(self.model),
             "parameters": _parameters(module),
@@ -352,6 +362,7 @@ class Pruning:
             "widths": dict(zip(self.program.groups.names, widths.tolist(), strict=True)),
             "groups": [asdict(share) for share in shares],
             "rounds": [dict(row) for row in self.plan.rounds],
+            "columns": self.plan.columns and {**self.plan.columns, "deployed": self.plan.deploys_columns},
             "wall_s": self.run.wall(),
             "target": {"description": self.target.describe(), **fingerprint(self.target)},
             "settings": self.run.settings,
@@ -394,11 +405,20 @@ class Pruning:
             search=self.run.done.get("search", {}).get("log", []),
             training=self.run.history(),
             rounds=self.plan.rounds,
-            notes=[f"{f.parameter} dim {f.dim} stays whole: {f.reason}" for f in self.program.groups.frozen],
+            notes=[
+                *([f"{f.parameter} dim {f.dim} stays whole: {f.reason}" for f in self.program.groups.frozen]),
+                *self._column_note(),
+            ],
         )
         report.write(self.folder / "report.html", page)
         artifact.write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
         self.run.finish("finish")
+
+    def _column_note(self) -> Iterator[str]:
+        if self.plan.columns is not None:
+            verdict = "are deployed" if self.plan.deploys_columns else "do not pay here, and channels alone were cut"
+            used, unused = self.plan.columns["with_ms"], self.plan.columns["without_ms"]
+            yield f"pruned columns {verdict}: at equal widths {used:.4g} ms with them and {unused:.4g} ms without"
 
     def _profile(self, table: str | Path | None, force: bool, seconds: float | None) -> CostModel:
         path = Path(table) if table is not None else self.folder and self.folder / "table.jsonl"
@@ -495,13 +515,26 @@ class Pruning:
             allowance.now = min(allowance.now, max(float(cost.price(rounded)), float(cost.floor)))
         tried: list[Plan] = []
         seen: set[bytes] = set()
+        columns: dict[str, float] | None = None
         for _ in range(rounds):
             widths = self._allocate(allowance.now)
             if widths.tobytes() in seen:
                 break  # no level lies between the allowances that are left
             seen.add(widths.tobytes())
-            smaller = resize(self.program, keep_top(groups, widths, found.ranking))
-            dense, pruned = self._race([self.program.module, smaller])
+            keep = keep_top(groups, widths, found.ranking.numpy())
+            modules: list[nn.Module] = [self.program.module, resize(self.program, keep)]
+            if found.columns and (columns is None or columns["with_ms"] < COLUMNS_PAY * columns["without_ms"]):
+                modules += self._with_columns(keep)
+            dense, pruned, *others = self._race(modules)
+            if others:
+                columns = columns or {"without_ms": pruned.median_ms, "with_ms": others[0].median_ms}
+                if columns["with_ms"] < COLUMNS_PAY * columns["without_ms"]:
+                    pruned = others[0]
+                else:
+                    self.say(
+                        f"pruned columns do not pay on {self.target.describe()}: {columns['with_ms']:.4g} ms with them "
+                        f"and {columns['without_ms']:.4g} ms without; channels alone are cut"
+                    )
             limit = self.goal.limit_ms(dense.median_ms)
             assert limit is not None
             used, predicted = pruned.median_ms / limit, float(self.latency.predict(widths))
@@ -510,12 +543,22 @@ class Pruning:
             )
             row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "budget_ms": limit}
             history = (*(tried[-1].rounds if tried else ()), {**row, "dense_ms": dense.median_ms})
-            tried.append(Plan(widths, predicted, pruned.median_ms, limit, history))
+            tried.append(Plan(widths, predicted, pruned.median_ms, limit, history, columns))
             if not allowance.correct(used) or (used <= MOST_USE and not found.fills_budget):
                 break
         sound = [plan for plan in tried if plan.used <= MOST_USE] or [plan for plan in tried if plan.met]
         best = max(sound, key=lambda plan: plan.used) if sound else min(tried, key=lambda plan: plan.used)
-        return replace(best, rounds=tried[-1].rounds)
+        return replace(best, rounds=tried[-1].rounds, columns=columns)
+
+    def _with_columns(self, keep: NDArray[np.bool_]) -> list[nn.Module]:
+        """The cut network whose convolutions compute only the columns that the search has left; none where the module's
+        own forward cannot follow the cut."""
+        assert self.found is not None
+        smaller = cut(self.model, self.program, keep)
+        if smaller.kind != "module":
+            return []
+        prune_columns_(smaller.module, self.found.columns or {}, self.program.groups, keep)
+        return [smaller.module.eval()]
 
     def _allocate(self, limit: float) -> NDArray[np.int64]:
         """Widths within `limit`, in the unit of the cost that guides the search, from what was found. [G]"""
@@ -549,10 +592,18 @@ class Pruning:
             return False
         self.dense = copy.deepcopy(self.model)
         self.method = method_class(method)
-        widths, ranking = stored.pop("widths"), stored.pop("ranking")
         record = self.run.done["search"]
-        self.found = SearchResult(widths, ranking, record["log"], record["fills_budget"])
-        self.model.load_state_dict({key.removeprefix("model."): value for key, value in stored.items()})
+        columns = {key.removeprefix("columns."): kept for key, kept in stored.items() if key.startswith("columns.")}
+        self.found = SearchResult(
+            stored["widths"],
+            stored["ranking"],
+            record["log"],
+            record["fills_budget"],
+            stored.get("value"),
+            columns or None,
+        )
+        weights = {key.removeprefix("model."): value for key, value in stored.items() if key.startswith("model.")}
+        self.model.load_state_dict(weights)
         return True
 
     def _keep_found(self, search: Search, controller: BudgetController) -> None:
@@ -568,6 +619,7 @@ class Pruning:
         state |= {"widths": found.widths, "ranking": found.ranking}
         if found.value is not None:
             state["value"] = found.value
+        state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
         self.run.finish("search", state, log=_thin(log), fills_budget=found.fills_budget)
 
 
@@ -655,8 +707,9 @@ class _Trainer:
             return
         with self.run.phase("fine-tune"):
             recalibrate(module, self.calibration_loader, batches=50)
+            cut_accuracy = self.accuracy(module)
             rows = self._fit("fine-tune", module, epochs, teacher=self.work.dense) if epochs else []
-            self.run.finish("fine-tune", module.state_dict(), history=rows)
+            self.run.finish("fine-tune", module.state_dict(), history=rows, cut_accuracy=cut_accuracy)
 
     def accuracy(self, module: nn.Module) -> float | None:
         """Accuracy on the test data, a fraction; None without test data."""

@@ -19,10 +19,11 @@ LAYERS = [  # bottom first; a module imports only from the layers before its own
     {"latency"},
     {"models"},
     {"data"},
-    {"train", "budget", "allocator", "importance"},
+    {"train", "budget", "allocator", "importance", "refit"},
     {"search"},
     {"artifact", "report"},
     {"pipeline"},
+    {"comparison"},
     {"cli"},
     {"__main__"},
 ]

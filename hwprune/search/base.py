@@ -421,6 +421,7 @@ class Search:
             [dict(row) for row in self.history],
             self.method.fills_budget,
             None if value is None else value.detach().double().cpu(),
+            self.method.columns(),
         )
 
     def close(self) -> None:

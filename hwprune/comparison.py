@@ -1,0 +1,284 @@
+"""Methods beside one another at equal measured milliseconds: same images, same epochs, same table, several seeds.
+
+Every run is one call of :func:`hwprune.pipeline.prune` in its own folder, so that a comparison killed at any moment
+continues where it was, and several processes may work on one comparison: a run that another one holds is passed over.
+What is finished is gathered in ``compare.json`` (a ``context`` and ``rows``) and drawn in ``compare.svg``.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hwprune import artifact
+from hwprune.data import Data
+from hwprune.errors import InvalidInput
+from hwprune.latency import Target, fingerprint
+from hwprune.pipeline import BudgetMissed, prune
+from hwprune.search import create, method_class
+from hwprune.train import Recipe, fit
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+Row = Mapping[str, Any]
+_LEFT_OUT = ("settings", "versions", "groups", "target", "rounds")  # of result.json; the run's folder keeps them
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as a comparison writes it, with ``text`` as the name of its rows.
+
+    ``NAME``, ``NAME@flops`` (guided by FLOPs, held to the same milliseconds), ``NAME:key=value:key=value`` for options.
+    """
+
+    text: str
+    name: str
+    guide: str = "ms"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Raises InvalidInput for an unknown method, guide or option."""
+        head, *pairs = text.strip().split(":")
+        name, _, guide = head.partition("@")
+        if guide not in ("", "ms", "flops"):
+            raise InvalidInput(f"method {text!r} asks for the guide {guide!r}; possible: ms, flops")
+        options: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise InvalidInput(f"method {text!r} has {pair!r}, which is no option; write NAME:key=value")
+            try:
+                options[key] = json.loads(value)
+            except ValueError:
+                options[key] = value
+        create(name, **options)
+        return cls(text.strip(), name, guide or "ms", options)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs of every run. A method that trains nothing while it searches spends all of them on fine-tuning."""
+
+    search: int
+    fine_tune: int
+
+    def of(self, name: str) -> "Schedule":
+        """The epochs of a method by name: the same sum for all."""
+        return self if method_class(name).searches else Schedule(0, self.search + self.fine_tune)
+
+
+def compare(
+    network: Callable[[], nn.Module],
+    example: Tensor | Sequence[Tensor],
+    entries: Sequence[Entry],
+    budgets: Sequence[str],
+    seeds: Sequence[int],
+    data: Callable[[int], Data],
+    *,
+    schedule: Schedule,
+    recipe: Recipe,
+    out: Path,
+    dense_epochs: int = 0,
+    target: Target | None = None,
+    name: str = "model",
+    provenance: Mapping[str, Any] | None = None,
+    table: Path | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Run every method at every budget with every seed, and return the rows of all that is finished.
+
+    ``network()`` gives the dense model, ``data(seed)`` what it is trained on; ``out`` keeps everything. With
+    ``dense_epochs`` the dense model is trained first, once for all. A run that misses its budget is a row all the same,
+    and says so. Raises InvalidInput or InfeasibleBudget where a run cannot be begun.
+    """
+    target = target or Target()
+    with _claimed(out, wait=True):
+        start = _dense(network, data(seeds[0]), replace(recipe, epochs=dense_epochs, seed=seeds[0]), out, progress)
+    plan = [(budget, seed, entry) for budget in budgets for seed in seeds for entry in entries]
+    for at, (budget, seed, entry) in enumerate(plan):
+        folder = out / _stem(entry, budget, seed)
+        with _claimed(folder) as ours:
+            if not ours or (folder / "row.json").is_file():
+                continue
+            say(f"{at + 1} of {len(plan)}: {entry.text} at {budget}, seed {seed}")
+            epochs = schedule.of(entry.name)
+            loaded = data(seed)
+            try:
+                model = network()
+                model.load_state_dict(start)
+                result = prune(
+                    model,
+                    example,
+                    train_loader=loaded.train,
+                    test_loader=loaded.test,
+                    validation_loader=loaded.validation,
+                    calibration_loader=loaded.calibration,
+                    budget=budget,
+                    target=target,
+                    method=entry.name,
+                    options=entry.options,
+                    guide=entry.guide,
+                    recipe=recipe,
+                    epochs=epochs.fine_tune,
+                    search_epochs=epochs.search,
+                    out=folder,
+                    table=table or out / "table.jsonl",
+                    resume=True,
+                    seed=seed,
+                    name=name,
+                    provenance=provenance,
+                    progress=progress,
+                ).result
+            except BudgetMissed as missed:
+                result = missed.result
+            found = {key: value for key, value in result.items() if key not in _LEFT_OUT}
+            row = {**found, "method": entry.text, "budget": budget, "seed": seed, **asdict(epochs)}
+            artifact.write_file(folder / "row.json", json.dumps(row, indent=1).encode())
+        gather(out, target, provenance)
+    return gather(out, target, provenance)
+
+
+def gather(out: Path, target: Target, provenance: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Write ``compare.json`` and ``compare.svg`` from the finished runs in a folder; returns the rows."""
+    rows = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
+    context = {**fingerprint(target), **artifact.versions(), **(provenance or {})}
+    artifact.write_file(out / "compare.json", json.dumps({"context": context, "rows": rows}, indent=1).encode())
+    if rows:
+        draw(rows, out / "compare.svg")
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One line per budget and method, the best accuracy first: means over seeds, and their standard deviations."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["budget"], row["method"]), []).append(row)
+    lines = []
+    for (budget, method), runs in groups.items():
+        accuracy = [run["accuracy"] for run in runs]
+        share = [run["measured_ms"] / run["dense_ms"] for run in runs]
+        lines.append(
+            {
+                "budget": budget,
+                "method": method,
+                "seeds": len(runs),
+                "dense_accuracy": statistics.fmean(run["dense_accuracy"] for run in runs),
+                "cut_accuracy": _mean([run.get("cut_accuracy") for run in runs]),
+                "accuracy": statistics.fmean(accuracy),
+                "accuracy_std": statistics.stdev(accuracy) if len(runs) > 1 else None,
+                "measured_ms": statistics.fmean(run["measured_ms"] for run in runs),
+                "share_of_dense": statistics.fmean(share),
+                "share_std": statistics.stdev(share) if len(runs) > 1 else None,
+                "met": sum(bool(run["met"]) for run in runs),
+                "wall_s": statistics.fmean(run["wall_s"]["total"] for run in runs),
+            }
+        )
+    return sorted(lines, key=lambda line: (-_amount(line["budget"]), -line["accuracy"]))
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy against measured latency with standard deviations over seeds, and the wall time of each whole flow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = summary(rows)
+    methods = sorted({line["method"] for line in lines})
+    colours = {method: f"C{at}" if at < 10 else plt.get_cmap("tab20b")(at) for at, method in enumerate(methods)}
+    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    with plt.rc_context({**style, "svg.hashsalt": "hwprune", "svg.fonttype": "none"}):
+        height = 1.2 + 0.28 * max(len(methods), 8)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, height), layout="constrained", width_ratios=(3, 2))
+        for method in methods:
+            mine = sorted((line for line in lines if line["method"] == method), key=lambda line: line["share_of_dense"])
+            left.errorbar(
+                [100 * line["share_of_dense"] for line in mine],
+                [100 * line["accuracy"] for line in mine],
+                xerr=[100 * (line["share_std"] or 0) for line in mine],
+                yerr=[100 * (line["accuracy_std"] or 0) for line in mine],
+                marker="o",
+                markersize=4,
+                linewidth=1,
+                capsize=2,
+                color=colours[method],
+                label=method,
+            )
+        dense = 100 * statistics.fmean(line["dense_accuracy"] for line in lines)
+        left.axhline(dense, color="#7a8896", linewidth=0.8, linestyle=":")
+        left.set(xlabel="measured latency, % of dense", ylabel="accuracy, %")
+        left.legend(fontsize=7, frameon=False)
+        walls = {m: statistics.fmean(line["wall_s"] for line in lines if line["method"] == m) for m in methods}
+        order = sorted(methods, key=lambda method: walls[method])
+        right.barh(order, [walls[method] for method in order], color=[colours[method] for method in order], height=0.6)
+        right.set(xlabel="wall time of one whole flow, s")
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _amount(budget: str) -> float:
+    return float("".join(character for character in budget if character.isdigit() or character == "."))
+
+
+def _stem(entry: Entry, budget: str, seed: int) -> str:
+    safe = "".join(character if character.isalnum() or character in "._=@-" else "_" for character in entry.text)
+    return f"{safe}-{budget.replace('%', 'pct')}-s{seed}"
+
+
+def _dense(
+    network: Callable[[], nn.Module], data: Data, recipe: Recipe, out: Path, progress: bool
+) -> dict[str, Tensor]:
+    """The weights that every run starts from: the network's own, trained where epochs are asked for."""
+    from safetensors.torch import load_file
+    from safetensors.torch import save as to_safetensors
+
+    path = out / "dense.safetensors"
+    if path.is_file():
+        return load_file(path)
+    model = network()
+    if recipe.epochs:
+        fit(
+            model,
+            data.train,
+            replace(recipe, distill=0.0),
+            checkpoint=out / "dense.checkpoint",
+            resume=True,
+            progress=progress,
+            description="dense",
+        )
+    state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
+    artifact.write_file(path, to_safetensors(state))
+    return state
+
+
+@contextmanager
+def _claimed(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds a folder, for the block; a killed process holds nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "ab")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise InvalidInput(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    with lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+        yield True

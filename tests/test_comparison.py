@@ -1,0 +1,113 @@
+"""Comparisons: equal epochs, rows that survive a kill, several processes at one comparison, honest summaries."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hwprune import comparison
+from hwprune.cli import main
+from hwprune.data import load_data
+from hwprune.errors import InvalidInput
+from hwprune.models import load_model
+from hwprune.train import Recipe
+
+BUDGET = "50%flops"  # what no clock decides
+
+
+def run(out, methods="uniform,dsa", seeds=(0,), **changes):
+    def network():
+        torch.manual_seed(0)
+        return load_model("resnet8", classes=10, in_channels=1)
+
+    return comparison.compare(
+        network,
+        torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        [comparison.Entry.parse(text) for text in methods.split(",")],
+        [BUDGET],
+        seeds,
+        lambda seed: load_data("digits", batch_size=64, subset=320, validation=0.2, seed=seed),
+        schedule=comparison.Schedule(1, 1),
+        recipe=Recipe(batch_size=64, lr=0.05),
+        out=out,
+        name="resnet8",
+        progress=False,
+        say=lambda line: None,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    return out, run(out, dense_epochs=2)
+
+
+def test_entries_name_method_guide_and_options():
+    entry = comparison.Entry.parse("dsa@flops:theta=2.5:scores=gamma")
+    assert (entry.name, entry.guide, entry.options) == ("dsa", "flops", {"theta": 2.5, "scores": "gamma"})
+    for text, cause in (("nosuch", "unknown"), ("dsa@joule", "guide"), ("dsa:theta", "no option"), ("dsa:x=1", "take")):
+        with pytest.raises(InvalidInput, match=cause):
+            comparison.Entry.parse(text)
+
+
+def test_every_method_trains_for_the_same_epochs(finished):
+    _, rows = finished
+    epochs = {row["method"]: (row["search"], row["fine_tune"]) for row in rows}
+    assert epochs == {"dsa": (1, 1), "uniform": (0, 2)}
+    assert len({row["dense_accuracy"] for row in rows}) == 1  # trained once, for all
+
+
+def test_rows_and_figure_are_written(finished):
+    out, rows = finished
+    stored = json.loads((out / "compare.json").read_text())
+    assert stored["rows"] == rows and {"torch", "hwprune"} <= set(stored["context"])
+    assert all(row["met"] and row["budget"] == BUDGET and row["cut_accuracy"] is not None for row in rows)
+    assert (out / "compare.svg").read_text().count("</svg>") == 1
+
+
+def test_what_is_finished_is_not_run_again(finished):
+    out, rows = finished
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")}
+    assert run(out) == rows
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")} == before
+
+
+def test_a_run_that_another_process_holds_is_passed_over(finished, tmp_path):
+    held = comparison._stem(comparison.Entry.parse("dsa"), BUDGET, 0)
+    with comparison._claimed(tmp_path / held) as ours:
+        assert ours
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(tmp_path,))
+        process.start()
+        process.join()
+    assert process.exitcode == 0
+    assert [path.parent.name for path in tmp_path.glob("*/row.json")] == [held.replace("dsa", "uniform")]
+
+
+def test_a_summary_has_means_and_deviations(finished):
+    _, rows = finished
+    second = [{**row, "seed": 1, "accuracy": row["accuracy"] + 0.1} for row in rows]
+    lines = comparison.summary([*rows, *second])
+    assert [line["seeds"] for line in lines] == [2, 2]
+    for line in lines:
+        (own,) = (row["accuracy"] for row in rows if row["method"] == line["method"])
+        assert line["accuracy"] == pytest.approx(own + 0.05) and line["accuracy_std"] == pytest.approx(0.1 / 2**0.5)
+    assert lines[0]["accuracy"] >= lines[1]["accuracy"]
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    for arguments, cause in (
+        (["--methods", "nosuch"], "unknown"),
+        (["--budgets", "fast"], "not understood"),
+        (["--methods", "uniform", "--budgets", "1%flops"], "below the floor"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(["compare", "resnet8", "--data", "digits", "--out", str(tmp_path), "--batch", "8", *arguments])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and cause in error and "Traceback" not in error
+
+
+def test_schedules_keep_the_sum():
+    assert comparison.Schedule(3, 4).of("uniform") == replace(comparison.Schedule(3, 4), search=0, fine_tune=7)
