@@ -1,0 +1,359 @@
+"""Differentiable annealing indicator search (Guan et al., TNNLS 2023, arXiv 2011.02166) on a measured latency.
+
+Every coupled channel has one real number α, and the mask of a step is its annealed indicator I = sigmoid(α / T); as T
+falls, the indicators become the step function of α, and a channel is kept if α > 0. The problem is bi-level: weights
+train on training batches under the indicators as they are, and indicators on the loss of held-out batches, first-order,
+one step of either in turn. The loss of the indicators is
+
+    L_val + lasso · ‖I‖₁ + pull · (± log E) + symmetry · Σ_g |r_g - mean r|
+
+with E the cost of the widths Σ I and r_g = mean I of group g. The log cost is two-sided: + where the network is dearer
+than the budget, - where it is cheaper than the dead zone below it, and nothing within.
+
+From the paper's abstract and from third parties' notes and code of its equations 7-11: I, the alternation, the lasso,
+the three branches of the log cost, and a regulariser that equalises the keep rates of layers whose outputs are added.
+Reconstruction, where no source states it: all coefficients; Adam with a step proportional to T, so that α / T moves
+equally fast at all temperatures; α left where it is once the slope of its indicator is below ``window``; the loss
+gradient put on the scale of the cost's, so that one set of coefficients fits all networks; the form of the symmetry
+term. Different on purpose: log T falls linearly, where a third party has 1/T rise linearly to 50, which spends the
+annealing before the budget is in force (resnet8 on digits, 200 steps, half of the FLOPs: 16 to 23 % of the indicators
+undecided at the end and 8 % so); the branch is decided by hard counts, as at high T the relaxed cost is far from that
+of the network which is left (by a quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at least one step of the
+cost's table, as a narrower one between two plateaus could never be entered. The layers that are added share one
+indicator per coupled channel, so that their rates are equal as they stand.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hwprune.allocator import Allocation, allocate
+from hwprune.errors import InvalidInput
+from hwprune.graph import Groups
+from hwprune.latency import CostModel
+from hwprune.search.base import Context, Method, worth
+
+_BETAS = (0.9, 0.99)  # Adam's
+_SIZE_DECAY = 0.99  # of the running size of the loss gradient
+_BESIDE = 3.0  # |α| / T, at the end, of a channel that a minimum or maximum width keeps on its side
+_BEYOND = 0.1  # worth of channels that were turned off, beside those that were kept
+_LEAST = 1e-12
+
+
+class DAIS(Method):
+    """Learns an annealed indicator per coupled channel on held-out batches, beside the weights.
+
+    Without held-out batches the indicators learn from the gradient of the training loss, which the masks give for free;
+    the entry ``held_out`` of the log is then 0.
+
+    Args:
+        lr: Adam's step on α / T. ``None``: ``15 / steps``, at most 0.2, so that a short search can travel as far as a
+            long one; it falls by a cosine to a tenth.
+        init: mean of α at the start; uniform between half and one and a half of it, as equal ones would stay equal.
+        temperature: T at the start and at the end; log-linear in between, and held over the last tenth.
+        anneal: ``False`` keeps T at its start, to see what annealing is worth: the log's ``cost_soft`` against
+            ``cost_hard`` and, after the last step, ``loss_soft`` against ``loss_hard`` on one held-out batch.
+        pull: weight of the log cost, beside a loss gradient of size ``balance``. Above the budget the dual variable of
+            the controller is added to it, so that any budget is reached in the end.
+        tolerance: least width of the dead zone below the budget, relative; it is never narrower than the largest step
+            of the cost between two levels of one group.
+        lasso: weight of ‖I‖₁, in units of the mean gradient of the log cost.
+        symmetry: weight of the term that equalises keep rates, in the same unit, over the groups of one full width: the
+            insides of the blocks of a stage. The layers that the paper ties so, those whose outputs are added, are one
+            group here, which makes the term redundant for them; hence 0.
+        balance: size of the loss gradient beside that of the log cost's, over channels and time.
+        window: slope dI / dα below which a channel is decided and left alone.
+        interval: training steps per step of the indicators.
+    """
+
+    name = "dais"
+    summary = "annealed indicators per channel, learned on held-out batches"
+    source = "Guan et al., TNNLS 2023 (arXiv 2011.02166), with a latency budget"
+
+    def __init__(
+        self,
+        lr: float | None = None,
+        init: float = 0.1,
+        temperature: tuple[float, float] = (1.0, 0.01),
+        anneal: bool = True,
+        pull: float = 1.0,
+        tolerance: float = 0.01,
+        lasso: float = 0.05,
+        symmetry: float = 0.0,
+        balance: float = 0.3,
+        window: float = 1e-3,
+        interval: int = 1,
+    ) -> None:
+        if not 0 < temperature[1] <= temperature[0]:
+            raise InvalidInput(f"temperature={temperature} must fall from one positive number to another")
+        if init <= 0 or interval < 1 or (lr is not None and lr <= 0):
+            raise InvalidInput(f"init={init} and lr={lr} must be positive, and interval={interval} at least 1")
+        if pull <= 0 or balance <= 0 or not 0 < tolerance < 1:
+            raise InvalidInput(f"pull={pull} and balance={balance} must be positive, tolerance={tolerance} in (0, 1)")
+        if min(lasso, symmetry, window) < 0:
+            raise InvalidInput(f"lasso={lasso}, symmetry={symmetry} and window={window} must not be negative")
+        self.lr = lr
+        self.init = init
+        self.temperature = temperature
+        self.anneal = anneal
+        self.pull = pull
+        self.tolerance = tolerance
+        self.lasso = lasso
+        self.symmetry = symmetry
+        self.balance = balance
+        self.window = window
+        self.interval = interval
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        groups, device = context.groups, context.device
+        self._full = torch.from_numpy(groups.widths).to(device)  # [G]
+        self._owner = torch.repeat_interleave(self._full)  # [ΣC] group of each channel
+        self._place = (
+            torch.arange(groups.total, device=device) - torch.from_numpy(groups.offsets[:-1]).to(device)[self._owner]
+        )  # [ΣC] within the group
+        self._minimum, self._maximum = (
+            torch.from_numpy(bound).to(device)[self._owner] for bound in (context.minimum, context.maximum)
+        )  # [ΣC]
+        self._alike = torch.from_numpy(np.unique(groups.widths, return_inverse=True)[1]).to(device)  # [G]
+        self._zone = self._largest_step()
+        jitter = torch.rand(groups.total, generator=context.generator, device=device) + 0.5
+        self.alpha = self._bounded(self.init * jitter)  # [ΣC]
+        self._exp_avg = torch.zeros_like(self.alpha)
+        self._exp_avg_sq = torch.zeros_like(self.alpha)
+        self._updates = 0
+        self._loss_size = self._loss_weight = 0.0  # running mean square of dL/dI, and the weights summed in it
+        self._mask: Tensor | None = None
+        self._gradient = torch.zeros_like(self.alpha)  # of the training loss, where it stands in for the held-out one
+        self._cost_soft = self._cost_hard = float(context.cost.dense)
+        self._force = 0.0
+        self._now = self.temperature[0]
+        self._losses: dict[str, float] = {}
+        # The dual variable integrates the excess; more than ten updates in a search would chase the indicators.
+        self._dual_interval = max(1, context.steps // (10 * self.interval))
+
+    def temperature_at(self, step: int) -> float:
+        """T: log-linear over the first nine tenths of the steps, then constant."""
+        first, last = self.temperature
+        if not self.anneal:
+            return first
+        return first * math.pow(last / first, min(1.0, step / max(1.0, 0.9 * (self.context.steps - 1))))
+
+    def masks(self, step: int) -> Tensor:
+        self._now = self.temperature_at(step)
+        mask = (self.alpha / self._now).sigmoid()
+        if self.context.held_out is None:
+            self._mask = mask.requires_grad_()
+        return mask
+
+    def after_backward(self, step: int) -> None:
+        if self._mask is None:
+            return
+        if self._mask.grad is None:
+            raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
+        self._gradient += _finite(self._mask.grad)
+        self._mask = None
+
+    def after_step(self, step: int) -> None:
+        if (step + 1) % self.interval == 0:
+            self._move(step)
+        if step == self.context.steps - 1:
+            self._compare(self._now)
+
+    def _move(self, step: int) -> None:
+        """One step of the indicators."""
+        context, temperature = self.context, self.temperature_at(step)
+        indicators = (self.alpha / temperature).sigmoid()
+        loss_grad = self._loss_gradient(indicators)
+        soft = _sum(indicators, self._owner, len(self._full))  # [G]
+        cost, slope = context.cost.value_and_grad(soft)
+        self._cost_soft, self._cost_hard = float(cost), float(context.cost.price(self._counts()))
+        price = (slope.to(indicators) / self._cost_soft)[self._owner]  # [ΣC] d log E / dI
+        self._force = self._branch(step)
+
+        self._updates += 1
+        square = float(loss_grad.square().mean())
+        self._loss_size = _SIZE_DECAY * self._loss_size + (1 - _SIZE_DECAY) * square
+        self._loss_weight = _SIZE_DECAY * self._loss_weight + (1 - _SIZE_DECAY)
+        size = math.sqrt(self._loss_size / self._loss_weight)
+        unit = float(price.square().mean().sqrt())
+        scale = self.balance * unit / size if size > 0 else 0.0
+        total = scale * loss_grad + self._force * price + self.lasso * unit
+        if self.symmetry:
+            total += self.symmetry * unit * self._asymmetry(soft)
+        self._adam(total * indicators * (1 - indicators) / temperature, indicators, temperature, step)
+
+    def _loss_gradient(self, indicators: Tensor) -> Tensor:
+        """dL / dI, on the next held-out batch where there are such. [ΣC]"""
+        if self.context.held_out is None:
+            gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
+            return gradient / self.interval
+        with torch.enable_grad():
+            mask = indicators.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.context.held_out.loss(mask), mask)
+        self.context.masked.set(indicators)
+        return _finite(gradient)
+
+    def _branch(self, step: int) -> float:
+        """What the log cost is multiplied by, from the price of the hard counts: above, below or within the zone."""
+        controller = self.context.controller
+        if self._updates % self._dual_interval == 0:
+            controller.update(self._cost_hard, step)
+        target = controller.target(step)
+        if self._cost_hard > target:
+            return self.pull + controller.dual
+        return -self.pull if self._cost_hard < (1 - max(self.tolerance, self._zone / target)) * target else 0.0
+
+    def _asymmetry(self, soft: Tensor) -> Tensor:
+        """d / dI of Σ_g |r_g - the mean of r over the groups as wide as g|, times the width. [ΣC]"""
+        count = int(self._alike.max()) + 1
+        members = _sum(torch.ones_like(soft), self._alike, count)
+        rate = soft / self._full
+        sign = (rate - (_sum(rate, self._alike, count) / members)[self._alike]).sign()
+        return (sign - (_sum(sign, self._alike, count) / members)[self._alike])[self._owner]
+
+    def _adam(self, gradient: Tensor, indicators: Tensor, temperature: float, step: int) -> None:
+        first, second = _BETAS
+        self._exp_avg.lerp_(gradient, 1 - first)
+        self._exp_avg_sq.lerp_(gradient.square(), 1 - second)
+        mean = self._exp_avg / (1 - first**self._updates)
+        deviation = (self._exp_avg_sq / (1 - second**self._updates)).sqrt()
+        move = self._lr_at(step) * temperature * mean / deviation.clamp_min(_LEAST)
+        decided = indicators * (1 - indicators) / temperature < self.window
+        self.alpha = self._bounded(torch.where(decided, self.alpha, self.alpha - move))
+
+    def _lr_at(self, step: int) -> float:
+        steps = max(1, self.context.steps)
+        peak = min(0.2, 15 * self.interval / steps) if self.lr is None else self.lr
+        return peak * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
+
+    def _bounded(self, alpha: Tensor) -> Tensor:
+        """α with the best of every group on the side on which its least and greatest width put them. [ΣC]"""
+        order = self._best_first(alpha)
+        rank = torch.empty_like(order)
+        rank[order] = self._place
+        side = _BESIDE * self.temperature[1]
+        alpha = torch.where(rank < self._minimum, alpha.clamp_min(side), alpha)
+        return torch.where(rank >= self._maximum, alpha.clamp_max(-side), alpha)
+
+    def _best_first(self, alpha: Tensor) -> Tensor:
+        """The channels of every group in turn, those of largest α first. [ΣC]"""
+        order = torch.argsort(alpha, descending=True, stable=True)
+        return order[torch.argsort(self._owner[order], stable=True)]
+
+    def _counts(self) -> np.ndarray:
+        counts: np.ndarray = self.widths().cpu().numpy().astype(np.int64)
+        return counts
+
+    def _largest_step(self) -> float:
+        """The largest rise of the price from one level of a group to the next, near the budget, in the cost's unit."""
+        context, cost = self.context, self.context.cost
+        ratio = math.sqrt(context.controller.budget / context.controller.dense)
+        others = np.rint(ratio * context.groups.widths).astype(np.int64).clip(context.minimum, context.maximum)
+        steps = [0.0]
+        for group in range(len(others)):
+            levels = cost.levels(group)
+            widths = np.repeat(others[None], len(levels), 0)
+            widths[:, group] = levels
+            steps.extend(np.abs(np.diff(np.asarray(cost.price(widths)))).tolist())
+        return float(max(steps))
+
+    @torch.no_grad()
+    def _compare(self, temperature: float) -> None:
+        """The loss under the relaxed and under the hard indicators, on one held-out batch."""
+        if self.context.held_out is None:
+            return
+        batch = self.context.held_out.batch()
+        soft, hard = (self.alpha / temperature).sigmoid(), (self.alpha > 0).to(self.alpha)
+        losses = [float(self.context.held_out.loss(mask, batch)) for mask in (soft, hard)]
+        self._losses = dict(zip(("loss_soft", "loss_hard"), losses, strict=True))
+
+    def widths(self) -> Tensor:
+        return _sum((self.alpha > 0).double(), self._owner, len(self._full))
+
+    def ranking(self) -> Tensor:
+        return self.alpha.sigmoid()  # α / T would round to 0 and 1
+
+    @classmethod
+    def allocate(
+        cls,
+        groups: Groups,
+        cost: CostModel,
+        widths: Tensor,
+        ranking: Tensor,
+        budget: float,
+        *,
+        value: Tensor | None = None,
+        minimum: NDArray[np.int64] | None = None,
+        multiple: int | NDArray[np.int64] = 1,
+        pinned: Mapping[int, int] | None = None,
+    ) -> Allocation:
+        """Integer widths within ``budget``, as near to the found ones as it allows; see :meth:`Method.allocate`.
+
+        Indicators are binary: every channel beyond ``widths`` was found to be worth less than it costs, and the weights
+        have done without it. So it counts a tenth of what :func:`worth` makes of it. (Reconstruction.)
+        """
+        levels = [np.where(level > 0, _BEYOND * level, level) for level in worth(cost, widths)]
+        return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "alpha": self.alpha.clone(),
+            "exp_avg": self._exp_avg.clone(),
+            "exp_avg_sq": self._exp_avg_sq.clone(),
+            "gradient": self._gradient.clone(),
+            "updates": self._updates,
+            "loss_size": [self._loss_size, self._loss_weight],
+            "costs": [self._cost_soft, self._cost_hard, self._force, self._now],
+            "losses": dict(self._losses),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["alpha"].shape != self.alpha.shape:
+            raise InvalidInput(
+                f"the checkpoint's search has {len(state['alpha'])} channels and this network {len(self.alpha)}; "
+                "resume with the network it was made with"
+            )
+        self.alpha.copy_(state["alpha"])
+        self._exp_avg.copy_(state["exp_avg"])
+        self._exp_avg_sq.copy_(state["exp_avg_sq"])
+        self._gradient.copy_(state["gradient"])
+        self._updates = state["updates"]
+        self._loss_size, self._loss_weight = state["loss_size"]
+        self._cost_soft, self._cost_hard, self._force, self._now = state["costs"]
+        self._losses = dict(state["losses"])
+
+    def log(self) -> dict[str, float]:
+        """How far the relaxation is from what will be left, beside the usual figures.
+
+        kept: share of channels, hard. cost_soft, cost_hard: of Σ I and of the counts of α > 0; gap: their relative
+        difference. undecided: share of indicators between 5 % and 95 %. held_out: 1 where they learn from held-out
+        batches, 0 where from the training loss. After the last step, with held-out batches, loss_soft and loss_hard.
+        """
+        indicators = (self.alpha / self._now).sigmoid()
+        return {
+            "kept": float((self.alpha > 0).float().mean()),
+            "cost_soft": self._cost_soft,
+            "cost_hard": self._cost_hard,
+            "gap": self._cost_soft / self._cost_hard - 1,
+            "multiplier": self._force,
+            "temperature": self._now,
+            "undecided": float(((indicators > 0.05) & (indicators < 0.95)).float().mean()),
+            "held_out": float(self.context.held_out is not None),
+            **self._losses,
+        }
+
+
+def _sum(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """The sum of the values with each index. [count]"""
+    return values.new_zeros(count).index_add_(0, index, values)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """The gradient, or zeros where a step overflowed: mixed precision skips it, and it says nothing about the masks."""
+    return torch.where(gradient.isfinite().all(), gradient, 0.0)
