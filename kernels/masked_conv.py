@@ -64,6 +64,14 @@ def _slope(v, ACT: tl.constexpr):
 
 
 @triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "interpreted":  # the interpreter multiplies bfloat16 as if its bits were integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def compact_kernel(mask, order, counts, width, BLOCK: tl.constexpr):
     """order[g] = the channels of group g, those with a mask other than 0 first, both parts increasing."""
     group = tl.program_id(0)
@@ -326,7 +334,7 @@ def conv_kernel(
             away = (tap_h * a_width + tap_w) * (groups * k_channels) + column % k_channels
             a_tile = tl.load(a_rows[:, None] + away[None, :], mask=inside, other=0.0)
             b_tile = tl.load(b_rows[None, :] + k[:, None], mask=(k < b_width)[:, None], other=0.0)
-            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+            acc = _dot(a_tile, b_tile, acc, PRECISION)
     else:
         if K_MAJOR:
             b_rows = b + (group * n_channels + b_n) * (KH * KW * k_channels)  # [BN]
@@ -359,7 +367,7 @@ def conv_kernel(
             else:
                 b_tile_at = b_rows[None, :] + (b_tap * k_channels + k)[:, None]
                 b_tile = tl.load(b_tile_at, mask=(k < k_active)[:, None], other=0.0)
-            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+            acc = _dot(a_tile, b_tile, acc, PRECISION)
 
     tile = (tl.program_id(2) * (tl.num_programs(0) // tiles_n) + tile_m).to(tl.int64)
     y_channel = group * n_channels + channel
@@ -486,7 +494,7 @@ def weight_grad_kernel(
                 inside = (m_ok & (h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None] & (c < c_read)[None, :]
         x_at = x + (x_row * (groups * c_channels) + group * c_channels)[:, None] + away[None, :]
         x_tile = tl.load(x_at, mask=inside, other=0.0)
-        acc = tl.dot(tl.trans(g_tile), x_tile, acc, input_precision=PRECISION)
+        acc = _dot(tl.trans(g_tile), x_tile, acc, PRECISION)
 
     o_channel = o
     if o_order is not None:
@@ -528,8 +536,10 @@ def weight_grad_sum_kernel(
         c = row // o_width * c_width + i % c_width
         active = active & (tl.load(in_mask + c, mask=active, other=0.0) != 0)
     acc = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        acc += tl.load(partials + split.to(tl.int64) * size + i, mask=active, other=0.0)
+    partial = partials + i
+    for _ in range(splits):
+        acc += tl.load(partial, mask=active, other=0.0)
+        partial += size
     tl.store(grad + i, acc.to(grad.dtype.element_ty), mask=i < size)
 
 
@@ -726,8 +736,9 @@ def bn_act_kernel(
     offset = m[:, None] * channels + c[None, :]
     if mask is not None:
         factors = tl.load(mask + c, mask=c_ok, other=0.0)
-        any_active = tl.max((factors != 0).to(tl.int32), 0) > 0
-        v = (tl.load(x + offset, mask=inside & any_active, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        rows_read = tl.where(tl.max((factors != 0).to(tl.int32), 0) > 0, rows, 0)  # none where all is masked
+        read = (m < rows_read)[:, None] & c_ok[None, :]
+        v = (tl.load(x + offset, mask=read, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         v = tl.where((factors != 0)[None, :], (v + shift[None, :]) * factors[None, :], 0.0)
     else:
         v = (tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
@@ -780,7 +791,7 @@ def epilogue_grad_kernel(
     if mask is not None:
         factors = tl.load(mask + c, mask=c_ok, other=0.0)
         active = factors != 0
-    any_active = tl.max(active.to(tl.int32), 0) > 0
+    rows_read = tl.where(tl.max(active.to(tl.int32), 0) > 0, rows, 0)  # none where all is masked
     sum_grad = tl.zeros([BM, BN], tl.float32)
     sum_product = tl.zeros([BM, BN], tl.float32)
     start = tl.program_id(0).to(tl.int64) * rows_per_program
@@ -788,7 +799,8 @@ def epilogue_grad_kernel(
         m = first + tl.arange(0, BM)
         inside = (m < rows)[:, None] & c_ok[None, :]
         offset = m[:, None] * channels + c[None, :]
-        centred = tl.load(x + offset, mask=inside & any_active, other=0.0).to(tl.float32) - centre[None, :]
+        read = (m < rows_read)[:, None] & c_ok[None, :]
+        centred = tl.load(x + offset, mask=read, other=0.0).to(tl.float32) - centre[None, :]
         centred = tl.where(active[None, :] & inside, centred, 0.0)
         v = tl.where(active[None, :], (centred * gain[None, :] + offsets[None, :]) * factors[None, :], 0.0)
         if residual is not None:
@@ -887,8 +899,7 @@ _CONFIGS = {
         Config(128, 64, 64, 4, 4),
         Config(64, 64, 64, 4, 4),
         Config(64, 128, 64, 4, 4),
-        Config(128, 256, 64, 8, 3),
-        Config(256, 128, 64, 8, 3),
+        Config(128, 256, 64, 16, 3),
         Config(128, 32, 64, 4, 4),
     ),
     "tf32": (
@@ -900,7 +911,12 @@ _CONFIGS = {
     ),
     "ieee": (Config(64, 64, 16, 8, 3), Config(64, 32, 16, 4, 3), Config(128, 64, 16, 8, 3)),
     # Element by element: the tile of addresses fills the registers.
-    "gather": (Config(128, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 4, 2)),
+    "gather": (
+        Config(128, 128, 32, 8, 2),
+        Config(128, 64, 32, 8, 2),
+        Config(64, 64, 32, 4, 2),
+        Config(128, 32, 32, 8, 2),
+    ),
 }
 _INTERPRETER_CONFIG = Config(32, 16, 16, 1, 1)
 _CHOSEN: dict[tuple[object, ...], Config] = {}  # by shape class; measured once per process
@@ -926,7 +942,9 @@ def _time_ms(config: Config, launch: Callable[[Config], Any]) -> float:
         return float("inf")
 
 
-def _configs(dtype: torch.dtype, precision: str, gather: bool, cols: int, depth: int) -> list[Config]:
+def _configs(
+    dtype: torch.dtype, precision: str, cols: int, depth: int, *, gather: bool = False, scattered: bool = False
+) -> list[Config]:
     """The configurations worth trying, with tiles cut to the problem."""
     if INTERPRETED:
         return [_INTERPRETER_CONFIG]
@@ -934,11 +952,17 @@ def _configs(dtype: torch.dtype, precision: str, gather: bool, cols: int, depth:
     if gather and kind != "ieee":
         kind = "gather"
     cols, depth = (max(16, triton.next_power_of_2(size)) for size in (cols, depth))
-    cut = (config._replace(cols=min(config.cols, cols), depth=min(config.depth, depth)) for config in _CONFIGS[kind])
+    fitting = [config for config in _CONFIGS[kind] if config.cols <= max(cols, 32)]
+    cut = [config._replace(cols=min(config.cols, cols), depth=min(config.depth, depth)) for config in fitting]
+    if scattered:  # an address for every element, of two registers: at most 32 to a thread
+        cut = [config._replace(warps=max(config.warps, config.rows * config.cols // 1024)) for config in cut]
+        cut = [config for config in cut if config.warps <= 16]
     return list(dict.fromkeys(cut))
 
 
 def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    if INTERPRETED:
+        return "interpreted"
     return "ieee" if dtype == torch.float32 and not allow_tf32 else "tf32"
 
 
@@ -1010,7 +1034,7 @@ def _pack(
     chosen: _Order,
     scale: Tensor | None = None,
 ) -> Tensor:
-    block = min(64, triton.next_power_of_2(_round_up(width)))
+    block = max(16, min(64, triton.next_power_of_2(width)))
     block_rows = 2048 // block
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block), groups)
     pack_kernel[grid](
@@ -1154,7 +1178,8 @@ def _convolve(
     optional = (y, raw, residual, factor, scale, shift, n_mask, k_mask)
     shape_class = (rows.bit_length(), n_channels, k_channels, groups, count if gather else None, *taps.values())
     key = ("conv", a.device, a.dtype, precision, transposed, shape_class, act, sums, *(t is None for t in optional))
-    configs = _configs(a.dtype, precision, gather, n_channels, count if gather else k_stored)
+    depth = count if gather else k_stored
+    configs = _configs(a.dtype, precision, n_channels, depth, gather=gather, scattered=n_mask is not None)
     partials = _tuned(key, configs, launch)
     return None if partials is None else partials.sum(0)
 
@@ -1261,7 +1286,7 @@ def backward_weight(
 ) -> Tensor:
     """The gradient of the weight, channels_last, zeros where a mask is 0 or a column is not listed."""
     grad = _empty(x, tuple(weight_shape))
-    if x.numel() == 0 or grad_raw.numel() == 0:
+    if x.numel() == 0 or grad_raw.numel() == 0 or (columns is not None and columns.numel() == 0):
         return grad.zero_()
     with torch.cuda.device_of(x):
         grad_raw, x, in_mask, out_mask = _nhwc(grad_raw), _nhwc(x), _flat(in_mask), _flat(out_mask)
@@ -1304,7 +1329,7 @@ def backward_weight(
 
             shape_class = (rows.bit_length(), out, per_group, groups, count if gather else None, *taps.values())
             masked = out_mask is None, in_mask is None
-            configs = _configs(x.dtype, precision, gather, count if gather else c_stored, rows)
+            configs = _configs(x.dtype, precision, count if gather else c_stored, rows, gather=gather)
             rows_cut = max(16, triton.next_power_of_2(out))
             configs = list(dict.fromkeys(config._replace(rows=min(config.rows, rows_cut)) for config in configs))
             partials = _tuned(("weight", x.device, x.dtype, precision, shape_class, masked), configs, launch)
@@ -1441,3 +1466,174 @@ def _epilogue_grad(
         partials, scale, shift, mask, sums, squares, *grads, channels, rows, programs, eps, BM=64, BN=block
     )
     return grad_x, grad_residual, grads
+
+
+_POINTERS = {
+    **dict.fromkeys(("order", "n_counts", "k_counts", "o_order", "c_order", "o_counts", "c_counts", "counts"), "*i32"),
+    **dict.fromkeys(("scale", "shift", "mask", "in_mask", "out_mask", "partials", "sums", "squares"), "*fp32"),
+    **dict.fromkeys(("mean_out", "var_out", "grad_mask", "grad_scale", "grad_shift"), "*fp32"),
+    **dict.fromkeys(("grad_sums", "grad_squares"), "*fp32"),
+    "columns": "*i64",
+}
+_TENSORS = (
+    *("a", "b", "x", "y", "raw", "weight", "bias", "residual", "factor", "grad", "grad_x", "grad_y", "grad_residual"),
+    *("source", "target"),
+)
+
+
+def _static_case(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    absent: tuple[str, ...],
+    constants: dict[str, Any],
+    *,
+    warps: int = 4,
+    stages: int = 3,
+    tensor_cores: bool = False,
+    vectors: bool = True,
+) -> dict[str, Any]:
+    types = _POINTERS | dict.fromkeys(_TENSORS, f"*{_DTYPES[dtype]}") | {"eps": "fp32"}
+    constexprs = constants | dict.fromkeys(absent)
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in names}
+    pointers = [(i,) for i, name in enumerate(names) if signature[name].startswith("*")]
+    return {
+        "name": f"{name} {_DTYPES[dtype]}",
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "attrs": {pointer: [["tt.divisibility", 16]] for pointer in pointers},
+        "num_warps": warps,
+        "num_stages": stages,
+        "expects": {"tensor_cores": tensor_cores, "loads_128": vectors},
+    }
+
+
+def static_cases() -> list[dict[str, Any]]:
+    """What the compiler is asked about: every kernel in each class of call, every configuration of the main ones.
+
+    A case has name, kernel, signature, constexprs, attrs (all pointers divisible by 16), num_warps, num_stages and
+    expects: whether its code holds tensor-core instructions and 16-byte loads from global memory.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    three = {"KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1}
+    two = three | {"SH": 2, "SW": 2}
+    one = three | {"KH": 1, "KW": 1, "PH": 0, "PW": 0}
+    conv = {
+        "STEP_H": 1,
+        "STEP_W": 1,
+        "TRANSPOSED": False,
+        "K_MAJOR": True,
+        "GATHER": False,
+        "BOUNDED": True,
+        "EVEN_K": True,
+        "N_ALIGN": 16,
+        "K_ALIGN": 16,
+        "ACT": "relu",
+        "PRECISION": "tf32",
+        "WIDE": False,
+    }
+    masked = {"EVEN_K": False}
+    transposed = {"TRANSPOSED": True, "ACT": "none"}
+    dense_absent = ("raw", "factor", "mask", "order", "n_counts", "k_counts", "columns", "partials")
+    masked_absent = ("raw", "factor", "columns", "partials")
+    bare = ("residual", "scale", "shift")
+    grad_absent = (*dense_absent, *bare)
+    masked_grad_absent = ("raw", "columns", *bare)
+    columns_absent = ("raw", "factor", "mask", "order", "n_counts", "k_counts", "partials")
+    columns_masked_absent = ("raw", "factor", "k_counts", "partials")
+    stats_absent = ("y", "factor", "columns", *bare)
+
+    def convolution(
+        name: str, config: Config, absent: tuple[str, ...], changes: dict[str, Any], dtype: torch.dtype = bf16
+    ) -> dict[str, Any]:
+        constants = three | conv | changes | {"BM": config.rows, "BN": config.cols, "BK": config.depth}
+        name = f"conv {name} {config.rows}x{config.cols}x{config.depth}"
+        return _static_case(
+            name, conv_kernel, dtype, absent, constants, warps=config.warps, stages=config.stages,
+            tensor_cores=constants["PRECISION"] != "ieee",
+        )  # fmt: skip
+
+    def weight_grad(
+        name: str,
+        config: Config,
+        absent: tuple[str, ...],
+        changes: dict[str, Any],
+        dtype: torch.dtype = bf16,
+        vectors: bool = True,
+    ) -> dict[str, Any]:
+        constants = three | {"GATHER": False, "O_ALIGN": 16, "C_ALIGN": 16, "PRECISION": "tf32", "WIDE": False}
+        constants |= changes | {"BM": config.rows, "BN": config.cols, "BK": config.depth}
+        name = f"weight grad {name} {config.rows}x{config.cols}x{config.depth}"
+        return _static_case(
+            name, weight_grad_kernel, dtype, absent, constants, warps=config.warps, stages=config.stages,
+            tensor_cores=constants["PRECISION"] != "ieee", vectors=vectors,
+        )  # fmt: skip
+
+    half, gather = _configs(bf16, "tf32", 256, 256), _configs(bf16, "tf32", 256, 256, gather=True)
+    tf32, ieee = _configs(fp32, "tf32", 256, 256), _configs(fp32, "ieee", 256, 256)
+    scattered = _configs(bf16, "tf32", 256, 256, scattered=True)
+    scattered_tf32 = _configs(fp32, "tf32", 256, 256, scattered=True)
+    scattered_ieee = _configs(fp32, "ieee", 256, 256, scattered=True)
+    scattered_gather = _configs(bf16, "tf32", 256, 256, gather=True, scattered=True)
+    pointwise = one | {"BOUNDED": False}
+    unpacked = ("o_order", "c_order", "o_counts", "c_counts")
+    precise = {"PRECISION": "ieee"}
+    cases = [convolution("3x3", config, dense_absent, {}) for config in half]
+    cases += [convolution("3x3 masked", config, masked_absent, masked) for config in scattered]
+    cases += [
+        convolution("3x3 masked input grad", config, masked_grad_absent, masked | transposed) for config in scattered
+    ]
+    cases += [convolution("3x3 tf32", config, dense_absent, {}, fp32) for config in tf32]
+    cases += [convolution("3x3 ieee", config, dense_absent, precise, fp32) for config in ieee]
+    cases += [convolution("columns", config, columns_absent, {"GATHER": True}) for config in gather]
+    cases += [weight_grad("3x3", config, (*unpacked, "columns"), {}) for config in half]
+    strided = two | transposed | {"K_MAJOR": False, "STEP_H": 2, "STEP_W": 2}
+    cases += [
+        convolution("3x3", half[0], dense_absent, {}, fp16),
+        convolution("3x3 stride 2", half[0], dense_absent, two),
+        convolution("3x3 int64", half[0], dense_absent, {"WIDE": True}),
+        convolution("3x3 gelu, raw kept", half[0], dense_absent[1:], {"ACT": "gelu"}),
+        convolution("3x3 stats", half[0], (*stats_absent, "mask", "order", "n_counts", "k_counts"), {"ACT": "none"}),
+        convolution("3x3 masked stats", scattered[0], stats_absent, masked | {"ACT": "none"}),
+        convolution("3x3 masked, raw kept", scattered[0], masked_absent[1:], masked),
+        convolution("3x3 masked tf32", scattered_tf32[0], masked_absent, masked, fp32),
+        convolution("3x3 masked ieee", scattered_ieee[0], masked_absent, masked | precise, fp32),
+        convolution("3x3 masked input grad tf32", scattered_tf32[0], masked_grad_absent, masked | transposed, fp32),
+        convolution("3x3 input grad", half[0], grad_absent, transposed | {"K_MAJOR": False}),
+        convolution("3x3 input grad stride 2", half[0], grad_absent, strided),
+        convolution("3x3 input grad tf32", tf32[0], grad_absent, transposed, fp32),
+        convolution("1x1", half[0], dense_absent, pointwise),
+        convolution("1x1 masked", scattered[0], masked_absent, pointwise | masked),
+        convolution("columns masked", scattered_gather[0], columns_masked_absent, {"GATHER": True}),
+        weight_grad("1x1", half[0], (*unpacked, "columns"), one),
+        weight_grad("3x3 masked", half[0], ("columns",), {}),
+        weight_grad("columns", gather[0], unpacked, {"GATHER": True}),
+        weight_grad("3x3 ieee", ieee[0], (*unpacked, "columns"), precise, fp32),
+        # The tensor cores want tf32 with the pixels side by side, so the copies are of 4 bytes.
+        weight_grad("3x3 tf32", tf32[0], (*unpacked, "columns"), {}, fp32, vectors=False),
+    ]
+    tile = {"ALIGN": 16, "BM": 32, "BN": 128}
+    depthwise = three | tile | {"TRANSPOSED": False, "ACT": "relu", "WIDE": False}
+    weight_tile = {name: value for name, value in three.items() if name != "KH"} | tile | {"WIDE": False}
+    packed = {"BLOCK_ROWS": 32, "BLOCK": 64}
+    for dtype in (bf16, fp32):
+        cases += [
+            _static_case("depthwise 3x3", depthwise_kernel, dtype, ("raw", "factor", "partials"), depthwise),
+            _static_case("depthwise 3x3 input grad", depthwise_kernel, dtype, ("raw", *bare), depthwise | transposed),
+            _static_case("depthwise 3x3 weight grad", depthwise_weight_grad_kernel, dtype, (), weight_tile),
+            _static_case("batch norm", bn_act_kernel, dtype, (), tile | {"ACT": "relu"}, warps=8),
+            _static_case("batch norm grad", epilogue_grad_kernel, dtype, (), tile | {"ACT": "relu"}, warps=8),
+            _static_case(
+                "epilogue grad", epilogue_grad_kernel, dtype, ("sums", "squares"), tile | {"ACT": "gelu"}, warps=8
+            ),
+            _static_case("pack", pack_kernel, dtype, (), packed, vectors=False),
+        ]
+    reduction = {"BM": 64, "BN": 32}
+    cases += [
+        _static_case("epilogue grad sum", epilogue_grad_sum_kernel, fp32, (), reduction, vectors=False),
+        _static_case("weight grad sum", weight_grad_sum_kernel, bf16, (), {"BLOCK": 256}, vectors=False),
+        _static_case("compact", compact_kernel, fp32, (), {"BLOCK": 1024}, vectors=False),
+    ]
+    return cases

@@ -15,6 +15,9 @@ from hwprune.kernels import masked_conv as kernels
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SUM_SLACK = 1e-6  # of a sum over pixels, whose terms partly cancel, in another order than torch's
+# The interpreter cuts bfloat16 off instead of rounding it, which shifts the mean of what is written.
+CUT_OFF = 2.0**-7 if DEVICE == "cpu" else 0.0
 
 
 class Case(NamedTuple):
@@ -144,3 +147,192 @@ def test_forward(case):
         for dtype in (torch.float64, case.dtype)
     )
     assert_as_accurate(raw, plain, truth)
+
+
+def raw_convolution(case, dtype, tensors):
+    """The reference's convolution before the epilogue, zeros where out_mask is 0, with its sums; and its leaves."""
+    leaves, raw = expected(case, dtype, tensors, epilogue=False)
+    return leaves, reference.channel_sums(raw, tensors[3])
+
+
+@cases
+def test_forward_stats(case):
+    tensors = inputs(case)
+    x, weight, in_mask, out_mask, *_, columns = tensors
+    actual = kernels.forward_stats(poison(x, in_mask), weight, in_mask, out_mask, case.geometry, columns, False)
+    truths, plains = (raw_convolution(case, dtype, tensors)[1] for dtype in (torch.float64, case.dtype))
+    slack = SUM_SLACK + (CUT_OFF if case.dtype == torch.bfloat16 else 0)
+    for ours, truth, plain in zip(actual, truths, plains, strict=True):
+        assert_as_accurate(ours, plain.detach(), truth.detach(), slack=slack if ours.dim() == 1 else 0)
+
+
+@cases
+def test_convolution_gradients(case):
+    """Of x, the input's mask and the weight, from the gradient of the raw convolution."""
+    tensors = inputs(case)
+    x, weight, in_mask, out_mask, *_, columns = tensors
+    gradients = {}
+    for dtype in (torch.float64, case.dtype):
+        leaves, (raw, *_) = raw_convolution(case, dtype, tensors)
+        torch.manual_seed(1)
+        upstream = torch.randn(raw.shape).to(DEVICE, case.dtype)
+        chosen = [leaf for leaf in (leaves[0], leaves[2], leaves[1]) if leaf is not None]
+        gradients[dtype] = torch.autograd.grad(raw, chosen, upstream.to(dtype))
+    poisoned = poison(x, in_mask)
+    upstream = poison(upstream, out_mask)
+    grad_x, grad_in_mask = kernels.backward_input(
+        upstream, poisoned, weight, in_mask, out_mask, case.geometry, columns, False
+    )
+    grad_weight = kernels.backward_weight(
+        upstream, poisoned, weight.shape, in_mask, out_mask, case.geometry, columns, False
+    )
+    assert (grad_in_mask is None) == (in_mask is None)
+    actual = [grad for grad in (grad_x, grad_in_mask, grad_weight) if grad is not None]
+    for ours, plain, truth in zip(actual, gradients[case.dtype], gradients[torch.float64], strict=True):
+        assert_as_accurate(ours, plain, truth, slack=0 if ours is grad_x else SUM_SLACK)
+        assert (ours[truth == 0] == 0).all()
+
+
+EPILOGUES = {
+    "none": ("none", 5, 0.6, False),
+    "relu": ("relu", 16, 0.5, True),
+    "relu6": ("relu6", 3, None, True),
+    "silu": ("silu", 19, 0.5, True),
+    "gelu": ("gelu", 1, 1.0, False),
+    "gelu-residual": ("gelu", 7, 0.0, True),
+}
+epilogues = pytest.mark.parametrize(
+    "act, channels, keep, with_residual", [pytest.param(*epilogue, id=name) for name, epilogue in EPILOGUES.items()]
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def pixels(channels, dtype, batch=3):
+    return (3 * torch.randn(batch, channels, 7, 9)).to(DEVICE, dtype)
+
+
+def gradients_of(function, arguments, upstream, dtype):
+    """Of every tensor among the arguments, computed at dtype, with float32 at least for those per channel."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [
+        tensor if tensor is None else tensor.to(wide if tensor.dim() == 1 else dtype).requires_grad_()
+        for tensor in arguments
+    ]
+    chosen = [leaf for leaf in leaves if leaf is not None]
+    y = function(*leaves)
+    found = iter(torch.autograd.grad(y, chosen, upstream.to(y.dtype)))
+    return [None if leaf is None else next(found) for leaf in leaves]
+
+
+def assert_all_as_accurate(actual, plains, truths):
+    for ours, plain, truth in zip(actual, plains, truths, strict=True):
+        assert (ours is None) == (truth is None)
+        if ours is not None:
+            assert_as_accurate(ours, plain, truth, slack=SUM_SLACK if ours.dim() == 1 else 0)
+
+
+@dtypes
+@epilogues
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_epilogue_gradients(act, channels, keep, with_residual, affine, dtype):
+    mask = soft_mask(channels, keep)
+    mask = None if mask is None else mask.to(DEVICE)
+    scale, shift = (torch.randn(2, channels, device=DEVICE)) if affine else (None, None)
+    raw, upstream = pixels(channels, dtype), pixels(channels, dtype)
+    residual = pixels(channels, dtype) if with_residual else None
+
+    def epilogue(raw, residual, mask, scale, shift):
+        identity = torch.eye(channels, device=DEVICE, dtype=raw.dtype)[:, :, None, None]
+        geometry = (1, 1), (0, 0), (1, 1), 1
+        return reference.masked_conv2d(raw, identity, None, mask, scale, shift, residual, act, *geometry, None)
+
+    arguments = raw, residual, mask, scale, shift
+    plain, truth = (gradients_of(epilogue, arguments, upstream, kind) for kind in (dtype, torch.float64))
+    actual = kernels.backward_epilogue(upstream, poison(raw, mask), mask, scale, shift, residual, act)
+    assert_all_as_accurate(actual, plain, truth)
+    if mask is not None:
+        for grad in (actual[0], actual[2], actual[3], actual[4]):
+            assert grad is None or (grad.transpose(0, -1 if grad.dim() == 1 else 1)[mask == 0] == 0).all()
+
+
+@dtypes
+@epilogues
+def test_batch_norm(act, channels, keep, with_residual, dtype):
+    mask = soft_mask(channels, keep)
+    mask = None if mask is None else mask.to(DEVICE)
+    x, upstream = pixels(channels, dtype) + 2, pixels(channels, dtype)
+    residual = pixels(channels, dtype) if with_residual else None
+    weight, bias = torch.randn(2, channels, device=DEVICE)
+    _, sums, squares = reference.channel_sums(x, None)
+    arguments = x, sums, squares, weight, bias, mask, residual
+
+    def normalise(*arguments):
+        return reference.masked_bn_act(*arguments, act, 1e-3)
+
+    truth, plain = (
+        normalise(*[tensor if tensor is None or kind == dtype else tensor.double() for tensor in arguments])
+        for kind in (torch.float64, dtype)
+    )
+    poisoned = poison(x, mask), *arguments[1:], act, 1e-3
+    assert_all_as_accurate(kernels.bn_act(*poisoned), plain, truth)
+
+    plain, truth = (
+        gradients_of(lambda *leaves: normalise(*leaves)[0], arguments, upstream, kind)
+        for kind in (dtype, torch.float64)
+    )
+    actual = kernels.bn_act_backward(upstream, *poisoned)
+    assert_all_as_accurate(actual, plain, truth)
+    if mask is not None:
+        assert all((grad[mask == 0] == 0).all() for grad in (*actual[1:5], actual[5]))
+
+
+def test_layouts_do_not_matter():
+    """Slices of larger buffers, and both memory formats."""
+    case = Case(cin=6, cout=9, in_keep=0.5, out_keep=0.6, affine=True, residual=True, act="relu")
+    tensors = inputs(case)
+    dense, _ = forward(case, *tensors)
+
+    def spaced(tensor):
+        larger = torch.full([size * 2 for size in tensor.shape], math.nan, dtype=tensor.dtype, device=DEVICE)
+        view = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
+        return view.copy_(tensor)
+
+    def channels_last(tensor):
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    def columns_first(tensor):
+        return tensor.mT.contiguous().mT if tensor.dim() == 4 else tensor
+
+    for layout in (spaced, channels_last, columns_first):
+        changed = [tensor if tensor is None else layout(tensor) for tensor in tensors]
+        assert torch.equal(forward(case, *changed)[0], dense)
+
+
+def test_empty_batch_has_no_gradient():
+    case = CASES["empty-batch"]
+    x, weight, in_mask, out_mask, *_ = inputs(case)
+    upstream = torch.empty(reference.F.conv2d(x, weight, None, *case.geometry).shape, device=DEVICE)
+    arguments = in_mask, out_mask, case.geometry, None, False
+    assert not kernels.backward_weight(upstream, x, weight.shape, *arguments).any()
+    grad_x, grad_mask = kernels.backward_input(upstream, x, weight, *arguments)
+    assert grad_x.shape == x.shape and not grad_mask.any()
+
+
+@pytest.mark.parametrize("name", ["plain", "columns", "masked", "depthwise"])
+def test_results_do_not_vary(name):
+    """Sums are added in a fixed order."""
+    case = CASES[name]
+    x, weight, in_mask, out_mask, *_, columns = inputs(case)
+    arguments = in_mask, out_mask, case.geometry, columns, False
+    runs = []
+    for _ in range(2):
+        raw, sums, squares = kernels.forward_stats(x, weight, *arguments)
+        runs.append((raw, sums, squares, kernels.backward_weight(raw, x, weight.shape, *arguments)))
+    assert all(map(torch.equal, *runs))
+
+
+def test_refusals_name_what_is_possible():
+    x, weight = torch.randn(1, 2, 3, 3, device=DEVICE), torch.randn(2, 2, 1, 1, device=DEVICE)
+    assert kernels.refusal(x, weight, 1, None) is None
+    assert "fp32, fp16, bf16" in kernels.refusal(x.double(), weight.double(), 1, None)
+    assert "float16" in kernels.refusal(x.half(), weight, 1, None)
