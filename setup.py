@@ -35,7 +35,7 @@ def cuda_home():
 
 
 def extensions():
-    yield Extension("hwprune._cpp", sorted(glob("csrc/cpu/*.cpp")))
+    yield Extension("hwprune._cpp", sorted(glob("csrc/cpu/*.cpp")), libraries=["pthread"])
     want, home = os.environ.get("HWPRUNE_CUDA", "auto"), cuda_home()
     if want not in ("0", "1", "auto"):
         raise SystemExit(f"HWPRUNE_CUDA={want} is not one of 0, 1, auto.")
@@ -112,7 +112,7 @@ class NinjaBuild(build_ext):
         objects = []
         for source in map(Path, extension.sources):
             target = folder / source.with_suffix(source.suffix + ".o")
-            includes = ours + python if source.name == "bindings.cpp" else ours
+            includes = ours + python if source.stem.endswith("bindings") else ours
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             objects += writer.build(str(target), rule, str(source), variables={"includes": " ".join(includes)})
         library = folder / f"{extension.name}.so"

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
@@ -280,8 +279,6 @@ def test_a_forced_backend_refuses_with_its_cause(monkeypatch):
     theta, importance, offsets, uniforms = ragged([3], dtype=torch.float64)
     with pytest.raises(BackendUnavailable, match="backend=cpp cannot run ratio_forward: it takes float32 on cpu"):
         ops.ratio_forward(theta, importance, offsets, 2.0, uniforms, backend="cpp")
-    with pytest.raises(BackendUnavailable, match="masked_conv2d has no cpp backend; it has reference"):
-        ops.masked_conv2d(torch.rand(1, 2, 3, 3), torch.rand(2, 2, 1, 1), backend="cpp")
     monkeypatch.setenv("HWPRUNE_BACKEND", "cpp")
     with pytest.raises(BackendUnavailable, match="HWPRUNE_BACKEND=cpp cannot run ratio_forward"):
         ops.ratio_forward(theta, importance, offsets, 2.0, uniforms)
@@ -312,139 +309,3 @@ def test_cuda_solves_as_accurately_as_plain_torch(widths, temperature):
     _, p, m = ops.ratio_forward(theta, importance, offsets, temperature, uniforms, backend="cuda")
     assert_as_accurate(p.cpu(), plain[1], truth[1], slack=TOLERANCE)
     assert torch.equal(m, (uniforms < p).float())
-
-
-def convolution(dtype=torch.float64, groups=1, seed=0):
-    """x, weight and the epilogue's tensors of a small convolution; masks hold zeros, ones and what lies between."""
-    torch.manual_seed(seed)
-    options = {"dtype": dtype}
-    x, weight = torch.randn(2, 6, 5, 7, **options), torch.randn(8, 6 // groups, 3, 3, **options)
-    epilogue = {
-        "in_mask": torch.tensor([1, 0, 0.5, 1, 0, 0.25], **options),
-        "out_mask": torch.tensor([0, 1, 1, 0.5, 0, 1, 0.75, 1], **options),
-        "scale": torch.randn(8, **options),
-        "shift": torch.randn(8, **options),
-        "residual": torch.randn(2, 8, 3, 4, **options),
-    }
-    return x, weight, epilogue, {"stride": 2, "padding": 1, "groups": groups}
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "gelu"])
-def test_masked_conv2d_is_its_formula(act, groups):
-    x, weight, given, geometry = convolution(groups=groups)
-    actual = ops.masked_conv2d(x, weight, **given, act=act, **geometry)
-    per_channel = {name: value.view(1, -1, 1, 1) for name, value in given.items() if name != "residual"}
-    y = F.conv2d(x * per_channel["in_mask"], weight, **geometry) * per_channel["scale"] + per_channel["shift"]
-    y = y * per_channel["out_mask"] + given["residual"]
-    torch.testing.assert_close(actual, y if act == "none" else getattr(F, act)(y))
-
-
-def test_masked_conv2d_of_zeros_and_ones_is_the_smaller_convolution():
-    x, weight, _, _ = convolution()
-    ins, outs = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 7])
-    in_mask, out_mask = torch.zeros(6).index_fill(0, ins, 1), torch.zeros(8).index_fill(0, outs, 1)
-    y = ops.masked_conv2d(x, weight, in_mask=in_mask, out_mask=out_mask, padding=(1, 0), dilation=(1, 2))
-    small = F.conv2d(x[:, ins], weight[outs][:, ins], padding=(1, 0), dilation=(1, 2))
-    torch.testing.assert_close(y[:, outs], small)
-    assert y[:, out_mask == 0].eq(0).all()
-
-
-def test_masked_channels_are_neither_read_nor_given_gradients():
-    x, weight, given, geometry = convolution()
-    x[:, given["in_mask"] == 0] = math.nan
-    given["shift"][given["out_mask"] == 0] = math.nan
-    leaves = [x, weight, *given.values()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    y = ops.masked_conv2d(x, weight, **given, act="relu", **geometry)
-    grads = torch.autograd.grad(y.sum(), leaves)
-    assert y.isfinite().all() and all(grad.isfinite().all() for grad in grads)
-    grad_x, _, grad_in_mask, grad_out_mask, *_ = grads
-    assert grad_x[:, given["in_mask"] == 0].eq(0).all()
-    assert grad_in_mask[given["in_mask"] == 0].eq(0).all() and grad_out_mask[given["out_mask"] == 0].eq(0).all()
-
-
-def test_masked_conv2d_gradients_agree_with_finite_differences():
-    x, weight, given, geometry = convolution()
-    for name in ("in_mask", "out_mask"):
-        given[name] = given[name].clamp_min(0.125)  # at 0 the operator skips, on purpose
-    given["residual"] = given["residual"][:1, :, :2, :2].clone()
-    leaves = [x[:1, :, :3, :3].clone(), weight, *given.values()]
-    for leaf in leaves:
-        leaf.requires_grad_()
-
-    def operator(x, weight, *values):
-        return ops.masked_conv2d(x, weight, **dict(zip(given, values, strict=True)), act="silu", **geometry)
-
-    assert torch.autograd.gradcheck(operator, leaves, fast_mode=True)
-
-
-def test_columns_are_numbered_by_row_column_channel():
-    x, weight, _, _ = convolution()
-    kept = [(0, 0, 0), (0, 2, 4), (1, 1, 1), (2, 0, 5), (2, 2, 3)]
-    columns = torch.tensor([(row * 3 + column) * 6 + channel for row, column, channel in kept])
-    sparse = torch.zeros_like(weight)
-    for row, column, channel in kept:
-        sparse[:, channel, row, column] = weight[:, channel, row, column]
-    torch.testing.assert_close(ops.masked_conv2d(x, weight, columns=columns), F.conv2d(x, sparse))
-
-
-def test_empty_batches_and_single_channels_pass():
-    assert ops.masked_conv2d(torch.rand(0, 3, 4, 4), torch.rand(5, 3, 3, 3)).shape == (0, 5, 2, 2)
-    y = ops.masked_conv2d(torch.rand(1, 1, 1, 1), torch.rand(1, 1, 1, 1), out_mask=torch.zeros(1))
-    assert y.eq(0).all()
-
-
-@pytest.mark.parametrize("act", ["none", "relu"])
-def test_statistics_and_second_pass_are_batch_norm(act):
-    x, weight, given, geometry = convolution()
-    gamma, beta, mask, residual = (given[name] for name in ("scale", "shift", "out_mask", "residual"))
-    for leaf in (x, weight, gamma, beta, mask, residual):
-        leaf.requires_grad_()
-    stats = ops.masked_conv2d(x, weight, out_mask=mask, stats=True, **geometry)
-    actual, mean, var = ops.masked_bn_act(*stats, gamma, beta, mask=mask, residual=residual, act=act)
-
-    raw = F.conv2d(x, weight, **geometry)
-    normalised = F.batch_norm(raw, None, None, gamma, beta, training=True)
-    expected = mask.view(1, -1, 1, 1) * normalised + residual
-    expected = expected.relu() if act == "relu" else expected
-    torch.testing.assert_close(actual, expected)
-    active = mask != 0
-    torch.testing.assert_close(mean[active], raw.mean((0, 2, 3))[active])
-    torch.testing.assert_close(var[active], raw.var((0, 2, 3), correction=0)[active])
-    upstream = torch.randn_like(actual)
-    leaves = (x, weight, gamma, beta, residual)
-    for ours, theirs in zip(
-        torch.autograd.grad(actual, leaves, upstream, retain_graph=True),
-        torch.autograd.grad(expected, leaves, upstream, retain_graph=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-    (grad_mask,) = torch.autograd.grad(actual, mask, upstream)
-    (grad_expected,) = torch.autograd.grad(expected, mask, upstream)
-    torch.testing.assert_close(grad_mask, torch.where(active, grad_expected, 0))
-
-
-def test_statistics_are_summed_in_float32():
-    x = torch.full((1, 1, 64, 64), 7.0, dtype=torch.bfloat16)
-    raw, sums, squares = ops.masked_conv2d(x, torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), stats=True)
-    assert raw.dtype == torch.bfloat16 and sums.item() == 7 * 4096 and squares.item() == 49 * 4096
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"groups": 2}, r"x \[2, 6, 5, 7\] and weight \[8, 6, 3, 3\] with groups=2 do not fit"),
-        ({"in_mask": torch.ones(5)}, r"in_mask has shape \[5\]; it must be \[6\]"),
-        ({"act": "tanh"}, "act='tanh' is unknown; there are none, relu, relu6, silu, gelu"),
-        ({"columns": torch.tensor([3, 2])}, "increase strictly within 0 to 53"),
-        ({"columns": torch.tensor([54])}, "increase strictly within 0 to 53"),
-        ({"columns": torch.tensor([1]), "in_mask": torch.ones(6)}, "columns replace an input mask"),
-        ({"stats": True, "act": "relu"}, "stats=True excludes"),
-    ],
-)
-def test_masked_conv2d_says_what_is_wrong(change, message):
-    x, weight, _, _ = convolution()
-    with pytest.raises(InvalidInput, match=message):
-        ops.masked_conv2d(x, weight, **change)

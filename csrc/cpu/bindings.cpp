@@ -10,6 +10,8 @@
 namespace py = pybind11;
 using Address = std::uintptr_t;
 
+void bind_masked_conv(py::module_& module);
+
 namespace {
 
 template <typename T>
@@ -60,6 +62,7 @@ void ratio_step_priced(Address grad_mask, Address probability, Address offsets,
 PYBIND11_MODULE(_cpp, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Operators in C++ for the CPU; arguments are addresses of contiguous float32 and int64 arrays.";
+  bind_masked_conv(module);
   module.def("ratio_forward", &ratio_forward, py::arg("theta"), py::arg("importance"), py::arg("offsets"),
              py::arg("uniforms"), py::arg("log_threshold"), py::arg("probability"), py::arg("mask"), py::arg("groups"),
              py::arg("temperature"), py::arg("seed"), py::arg("threads"), release());

@@ -1,12 +1,25 @@
 """Convolution that computes only the channels, or the weight columns, that masks leave active."""
 
+import os
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hwprune.errors import InvalidInput
 from hwprune.ops import _native, reference
+from hwprune.ops._reference_conv import Geometry, layout, output_shape
+
+_MODULES = {
+    "reference": "hwprune.ops._reference_conv",
+    "cpp": "hwprune.ops._cpp_conv",
+    "triton": "hwprune.kernels.masked_conv",
+    "cuda": "hwprune.ops._cuda_conv",
+}
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
 def masked_conv2d(
@@ -25,46 +38,69 @@ def masked_conv2d(
     groups: int = 1,
     columns: Tensor | None = None,  # [K]
     stats: bool = False,
+    allow_tf32: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """act(out_mask ⊙ (scale ⊙ conv2d(in_mask ⊙ x, weight) + shift) + residual), skipping what is masked.
 
     Masks are real in [0, 1]. A channel whose mask is exactly 0 is not read, its output is written as zeros or as the
-    residual alone, and no gradient flows through it, into its mask included.
+    residual alone, and no gradient flows through it, into its mask included. Sums are taken in float32 at least.
+    Results are channels_last on a CUDA device, and in the memory format of x on the CPU.
 
     Args:
         columns: [K] int64, strictly increasing; the weight columns that are computed, numbered
             (row * kW + column) * Cin + channel. Instead of an input mask, with groups=1.
-        act: "none", "relu", "relu6", "silu" or "gelu".
+        act: "none", "relu", "relu6", "silu" or "gelu" (the exact one).
         stats: return what BatchNorm's training needs instead: the raw convolution (out_mask decides which channels are
             skipped, and does not scale), and its sum and sum of squares per channel. Excludes the epilogue's arguments.
-        backend: "auto" or "reference".
+        allow_tf32: let a CUDA device round float32 operands to tf32.
+        backend: "auto", "reference", "cpp" (float32 on the CPU, without groups or depthwise), "triton" or "cuda".
 
     Returns:
         [N, Cout, Ho, Wo]; with stats the raw convolution [N, Cout, Ho, Wo], sums [Cout] and squares [Cout].
 
     Raises:
-        InvalidInput: shapes do not fit, or arguments exclude one another.
-        BackendUnavailable: the backend asked for is absent.
+        InvalidInput: shapes or dtypes do not fit, or arguments exclude one another.
+        BackendUnavailable: the backend asked for is absent or does not take these tensors.
     """
     if x.dim() != 4 or weight.dim() != 4 or groups < 1 or x.shape[1] != weight.shape[1] * groups:
         raise InvalidInput(
             f"x {list(x.shape)} and weight {list(weight.shape)} with groups={groups} do not fit: "
             "x must be [N, Cin, H, W] and weight [Cout, Cin / groups, kH, kW]"
         )
-    _check_channels(x.shape[1], in_mask=in_mask)
-    _check_channels(weight.shape[0], out_mask=out_mask, scale=scale, shift=shift)
+    if not x.is_floating_point() or weight.dtype != x.dtype or weight.device != x.device:
+        raise InvalidInput(
+            f"weight is {weight.dtype} on {weight.device}; it must be floating and like x, {x.dtype} on {x.device}"
+        )
+    _check_channels(x, x.shape[1], in_mask=in_mask)
+    _check_channels(x, weight.shape[0], out_mask=out_mask, scale=scale, shift=shift)
     _check_act(act)
     if columns is not None:
         _check_columns(columns, weight[0].numel(), in_mask is not None or groups != 1)
-    _native.choose("masked_conv2d", backend, {"reference": None}, ("reference",))
-    geometry = _pair(stride), _pair(padding), _pair(dilation), groups, columns
+    geometry = _pair(stride), _pair(padding), _pair(dilation), groups
+    shape = output_shape(x, weight.shape, geometry)
+    if min(shape[2:]) < 1:
+        raise InvalidInput(f"the output of x {list(x.shape)} and weight {list(weight.shape)} would be {list(shape)}")
+    _check_residual(residual, shape, x)
+    in_mask, out_mask, scale, shift = (_accurate(values, x) for values in (in_mask, out_mask, scale, shift))
     if stats:
         if act != "none" or any(extra is not None for extra in (scale, shift, residual)):
             raise InvalidInput("stats=True excludes scale, shift, residual and act: masked_bn_act takes them")
-        raw = reference.masked_conv2d(x, weight, in_mask, None, None, None, None, "none", *geometry)
-        return reference.channel_sums(raw, out_mask)
-    return reference.masked_conv2d(x, weight, in_mask, out_mask, scale, shift, residual, act, *geometry)
+        statistics: tuple[Tensor, Tensor, Tensor] = _stats(
+            x, weight, in_mask, out_mask, columns, *geometry, allow_tf32, backend
+        )
+        return statistics
+    if in_mask is None and out_mask is None and columns is None and _is_plain(x, backend):
+        return _plain(x, weight, scale, shift, residual, act, geometry)
+    epilogue = (out_mask, scale, shift, residual)
+    saved = act != "none" or scale is not None or out_mask is not None  # else no gradient needs the raw convolution
+    learning = torch.is_grad_enabled() and any(
+        given is not None and given.requires_grad for given in (x, weight, in_mask, *epilogue)
+    )
+    y: Tensor = _conv(x, weight, in_mask, *epilogue, columns, act, *geometry, saved and learning, allow_tf32, backend)[
+        0
+    ]
+    return y
 
 
 def masked_bn_act(
@@ -86,25 +122,36 @@ def masked_bn_act(
         x, sums, squares: what masked_conv2d(..., stats=True) returned; gradients flow into all three.
         weight, bias: [C], BatchNorm's.
         mask: [C] in [0, 1]; exact zeros are skipped.
-        backend: "auto" or "reference".
+        act, backend: see masked_conv2d.
 
     Returns:
         [N, C, H, W], the batch's mean [C] and its biased variance [C].
 
     Raises:
-        InvalidInput: shapes do not fit, or the batch holds no element.
-        BackendUnavailable: the backend asked for is absent.
+        InvalidInput: shapes or dtypes do not fit, or the batch holds no element.
+        BackendUnavailable: the backend asked for is absent or does not take these tensors.
     """
-    if x.dim() != 4 or x.numel() == 0:
-        raise InvalidInput(f"x {list(x.shape)} must be [N, C, H, W] with at least one element per channel")
-    _check_channels(x.shape[1], sums=sums, squares=squares, weight=weight, bias=bias, mask=mask)
+    if x.dim() != 4 or x.numel() == 0 or not x.is_floating_point():
+        raise InvalidInput(f"x {list(x.shape)} must be floating [N, C, H, W] with at least one element per channel")
+    _check_channels(x, x.shape[1], sums=sums, squares=squares, weight=weight, bias=bias, mask=mask)
     _check_act(act)
-    _native.choose("masked_bn_act", backend, {"reference": None}, ("reference",))
-    return reference.masked_bn_act(x, sums, squares, weight, bias, mask, residual, act, eps)
+    _check_residual(residual, x.shape, x)
+    sums, squares, weight, bias = (values.to(_wide(x)) for values in (sums, squares, weight, bias))
+    y: Tensor = _bn(x, sums, squares, weight, bias, _accurate(mask, x), residual, act, eps, backend)
+    mean = sums / (x.numel() // x.shape[1])
+    return y, mean, (squares / (x.numel() // x.shape[1]) - mean.square()).clamp_min(0)
 
 
-def _pair(value: int | Sequence[int]) -> Sequence[int]:
-    return (value, value) if isinstance(value, int) else value
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _accurate(values: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if values is None else values.to(_wide(x))
 
 
 def _check_act(act: str) -> None:
@@ -112,10 +159,24 @@ def _check_act(act: str) -> None:
         raise InvalidInput(f"act={act!r} is unknown; there are {', '.join(reference.ACTIVATIONS)}")
 
 
-def _check_channels(channels: int, **per_channel: Tensor | None) -> None:
+def _check_channels(x: Tensor, channels: int, **per_channel: Tensor | None) -> None:
     for name, tensor in per_channel.items():
-        if tensor is not None and tensor.shape != (channels,):
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,):
             raise InvalidInput(f"{name} has shape {list(tensor.shape)}; it must be [{channels}], one per channel")
+        if tensor.device != x.device or not tensor.is_floating_point():
+            raise InvalidInput(f"{name} is {tensor.dtype} on {tensor.device}; it must be floating, on {x.device}")
+
+
+def _check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
+    if residual is None:
+        return
+    if tuple(residual.shape) != tuple(shape) or residual.dtype != x.dtype or residual.device != x.device:
+        raise InvalidInput(
+            f"residual is {residual.dtype} {list(residual.shape)} on {residual.device}; "
+            f"it must be {x.dtype} {list(shape)} on {x.device}"
+        )
 
 
 def _check_columns(columns: Tensor, count: int, excluded: bool) -> None:
@@ -127,3 +188,438 @@ def _check_columns(columns: Tensor, count: int, excluded: bool) -> None:
         return  # looking at the values would wait for the device
     if int(columns[0]) < 0 or int(columns[-1]) >= count or not bool((columns.diff() > 0).all()):
         raise InvalidInput(f"columns must increase strictly within 0 to {count - 1}, the columns of the weight")
+
+
+def _is_plain(x: Tensor, backend: str) -> bool:
+    """Whether a convolution with nothing masked is left to torch. Measured on the CPU only."""
+    forced = backend != "auto" or os.environ.get("HWPRUNE_BACKEND", "auto") != "auto"
+    return not forced and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    geometry: Geometry,
+) -> Tensor:
+    """Nothing is masked: torch's convolution, with scale and shift folded into its weight and bias."""
+    if scale is not None:
+        weight = weight * scale.view(-1, 1, 1, 1)
+    y = F.conv2d(x, weight, shift, *geometry)
+    return reference.ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None, requested: str) -> Any:
+    """The module of functions that runs `op` on these tensors."""
+    refusals = {name: _refusal(name, x, weight, groups, columns) for name in _MODULES}
+    return import_module(
+        _MODULES[_native.choose(op, requested, refusals, _PREFERENCE.get(x.device.type, ("reference",)))]
+    )
+
+
+def _refusal(backend: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+    home = {"reference": x.device.type, "cpp": "cpu", "triton": "cuda", "cuda": "cuda"}[backend]
+    if x.device.type != home and not (backend == "triton" and _native.interpreted()):
+        return f"it runs on {home}, and x is on {x.device}"
+    if backend != "reference" and (cause := _native.missing(backend)) is not None:
+        return cause
+    refusal: str | None = import_module(_MODULES[backend]).refusal(x, weight, groups, columns)
+    return refusal
+
+
+def _or_empty(tensor: Tensor | None, x: Tensor) -> Tensor:
+    """What an operator returns for None, which torch.library has no place for."""
+    return x.new_empty(0) if tensor is None else tensor
+
+
+def _empty(shape: Sequence[int], x: Tensor, form: torch.memory_format) -> Tensor:
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=form)
+
+
+@torch.library.custom_op("hwprune::masked_conv2d", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    columns: Tensor | None,
+    act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    save_raw: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    geometry = stride, padding, dilation, groups
+    y, raw = functions.forward(
+        x, weight, in_mask, out_mask, scale, shift, residual, act, geometry, columns, save_raw, allow_tf32
+    )
+    form = layout(x)
+    return y.contiguous(memory_format=form), _or_empty(raw, x).contiguous(
+        **({"memory_format": form} if save_raw else {})
+    )
+
+
+@_conv.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    columns: Tensor | None,
+    act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    save_raw: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = output_shape(x, weight.shape, (stride, padding, dilation, groups))
+    form = layout(x)
+    return _empty(shape, x, form), _empty(shape, x, form) if save_raw else x.new_empty(0)
+
+
+def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, in_mask, out_mask, scale, shift, residual, columns, act, *geometry, _, allow_tf32, backend = inputs
+    ctx.set_materialize_grads(False)
+    saved = residual if act != "none" else None
+    ctx.save_for_backward(x, weight, in_mask, out_mask, scale, shift, saved, columns, output[1])
+    ctx.act, ctx.geometry, ctx.allow_tf32, ctx.backend = act, geometry, allow_tf32, backend
+
+
+def _conv_backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 16
+    x, weight, in_mask, out_mask, scale, shift, residual, columns, raw = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_raw, grad_residual = grad_y, grad_y
+    grad_out_mask = grad_scale = grad_shift = None
+    if ctx.act != "none" or scale is not None or out_mask is not None:
+        grad_raw, *rest = _epilogue_backward(grad_y, raw, out_mask, scale, shift, residual, ctx.act, ctx.backend)
+        grad_residual = grad_y if ctx.act == "none" else rest[0]
+        grad_out_mask, grad_scale, grad_shift = rest[1:]
+    elif needs[5]:
+        grad_shift = grad_y.sum((0, 2, 3), dtype=_wide(x))
+    how = (*ctx.geometry, ctx.allow_tf32, ctx.backend)
+    grad_x = grad_in_mask = grad_weight = None
+    if needs[0] or needs[2]:
+        grad_x, grad_in_mask = _input_backward(grad_raw, x, weight, in_mask, out_mask, columns, *how)
+    if needs[1]:
+        grad_weight = _weight_backward(grad_raw, x, weight.shape, in_mask, out_mask, columns, *how)
+    grads = (grad_x, grad_weight, grad_in_mask, grad_out_mask, grad_scale, grad_shift, grad_residual)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=False)), *(None,) * 9)
+
+
+_conv.register_autograd(_conv_backward, setup_context=_save_conv)
+
+
+@torch.library.custom_op("hwprune::masked_conv2d_stats", mutates_args=())
+def _stats(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    columns: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    raw, sums, squares = functions.forward_stats(
+        x, weight, in_mask, out_mask, (stride, padding, dilation, groups), columns, allow_tf32
+    )
+    return raw.contiguous(memory_format=layout(x)), sums, squares
+
+
+@_stats.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    columns: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = output_shape(x, weight.shape, (stride, padding, dilation, groups))
+    sums = torch.empty(weight.shape[0], dtype=_wide(x), device=x.device)
+    return _empty(shape, x, layout(x)), sums, torch.empty_like(sums)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, in_mask, out_mask, columns, *how = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, in_mask, out_mask, columns, output[0])
+    ctx.how = how
+
+
+def _stats_backward(
+    ctx: Any, grad_raw: Tensor | None, grad_sums: Tensor | None, grad_squares: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, weight, in_mask, out_mask, columns, raw = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad = torch.zeros_like(raw) if grad_raw is None else grad_raw
+    if grad_squares is not None:
+        grad = grad + raw * (2 * grad_squares).view(1, -1, 1, 1)
+    if grad_sums is not None:
+        grad = grad + grad_sums.view(1, -1, 1, 1)
+    grad = reference.apply_mask(grad, None if out_mask is None else (out_mask != 0).to(_wide(x))).to(x.dtype)
+    grad_x = grad_in_mask = grad_weight = None
+    if needs[0] or needs[2]:
+        grad_x, grad_in_mask = _input_backward(grad, x, weight, in_mask, out_mask, columns, *ctx.how)
+    if needs[1]:
+        grad_weight = _weight_backward(grad, x, weight.shape, in_mask, out_mask, columns, *ctx.how)
+    return grad_x, grad_weight, grad_in_mask if needs[2] else None, *(None,) * 8
+
+
+_stats.register_autograd(_stats_backward, setup_context=_save_stats)
+
+
+@torch.library.custom_op("hwprune::masked_conv2d_epilogue_backward", mutates_args=())
+def _epilogue_backward(
+    grad_y: Tensor,
+    raw: Tensor,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weight = raw.new_empty(raw.shape[1], 1, 1, 1)  # the epilogue knows no weight, and its backend asks for one
+    functions = _backend("masked_conv2d", raw, weight, 1, None, backend)
+    grad_raw, grad_residual, *per_channel = functions.backward_epilogue(
+        grad_y, raw, out_mask, scale, shift, residual, act
+    )
+    form = layout(raw)
+    if act == "none" or grad_residual is None:  # it would be grad_y itself
+        grad_residual = raw.new_empty(0)
+    else:
+        grad_residual = grad_residual.contiguous(memory_format=form)
+    grads = [_or_empty(grad, raw) for grad in per_channel]
+    return grad_raw.contiguous(memory_format=form), grad_residual, grads[0], grads[1], grads[2]
+
+
+@_epilogue_backward.register_fake
+def _(
+    grad_y: Tensor,
+    raw: Tensor,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form = layout(raw)
+    none = act == "none" or residual is None
+    grad_residual = raw.new_empty(0) if none else _empty(raw.shape, raw, form)
+    grads = [raw.new_empty(0) if given is None else torch.empty_like(given) for given in (out_mask, scale, shift)]
+    return _empty(raw.shape, raw, form), grad_residual, grads[0], grads[1], grads[2]
+
+
+@torch.library.custom_op("hwprune::masked_conv2d_input_backward", mutates_args=())
+def _input_backward(
+    grad_raw: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    columns: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    grad_x, grad_in_mask = functions.backward_input(
+        grad_raw, x, weight, in_mask, out_mask, (stride, padding, dilation, groups), columns, allow_tf32
+    )
+    return grad_x.contiguous(memory_format=layout(x)), _or_empty(grad_in_mask, x)
+
+
+@_input_backward.register_fake
+def _(
+    grad_raw: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    columns: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _empty(x.shape, x, layout(x)), x.new_empty(0) if in_mask is None else torch.empty_like(in_mask)
+
+
+@torch.library.custom_op("hwprune::masked_conv2d_weight_backward", mutates_args=())
+def _weight_backward(
+    grad_raw: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    columns: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+    backend: str,
+) -> Tensor:
+    weight = x.new_empty(()).expand(list(weight_shape))
+    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    grad: Tensor = functions.backward_weight(
+        grad_raw, x, weight_shape, in_mask, out_mask, (stride, padding, dilation, groups), columns, allow_tf32
+    )
+    return grad.contiguous()
+
+
+@_weight_backward.register_fake
+def _(
+    grad_raw: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    columns: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    allow_tf32: bool,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(list(weight_shape))
+
+
+@torch.library.custom_op("hwprune::masked_bn_act", mutates_args=())
+def _bn(
+    x: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    functions = _backend("masked_bn_act", x, x.new_empty(x.shape[1], 1, 1, 1), 1, None, backend)
+    y: Tensor = functions.bn_act(x, sums, squares, weight, bias, mask, residual, act, eps)[0]
+    return y.contiguous(memory_format=layout(x))
+
+
+@_bn.register_fake
+def _(
+    x: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return _empty(x.shape, x, layout(x))
+
+
+@torch.library.custom_op("hwprune::masked_bn_act_backward", mutates_args=())
+def _bn_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    functions = _backend("masked_bn_act", x, x.new_empty(x.shape[1], 1, 1, 1), 1, None, backend)
+    grad_x, *affine, grad_mask, grad_residual = functions.bn_act_backward(
+        grad_y, x, sums, squares, weight, bias, mask, residual, act, eps
+    )
+    form = layout(x)
+    if act == "none" or grad_residual is None:  # it would be grad_y itself
+        grad_residual = x.new_empty(0)
+    else:
+        grad_residual = grad_residual.contiguous(memory_format=form)
+    return grad_x.contiguous(memory_format=form), *affine, _or_empty(grad_mask, x), grad_residual
+
+
+@_bn_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form = layout(x)
+    grad_mask = x.new_empty(0) if mask is None else torch.empty_like(mask)
+    grad_residual = x.new_empty(0) if act == "none" or residual is None else _empty(x.shape, x, form)
+    per_channel = [torch.empty_like(given) for given in (sums, squares, weight, bias)]
+    return (
+        _empty(x.shape, x, form),
+        per_channel[0],
+        per_channel[1],
+        per_channel[2],
+        per_channel[3],
+        grad_mask,
+        grad_residual,
+    )
+
+
+def _save_bn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, sums, squares, weight, bias, mask, residual, act, eps, backend = inputs
+    ctx.save_for_backward(x, sums, squares, weight, bias, mask, residual if act != "none" else None)
+    ctx.act, ctx.eps, ctx.backend = act, eps, backend
+
+
+def _bn_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    found = _bn_backward(grad_y, *ctx.saved_tensors, ctx.act, ctx.eps, ctx.backend)
+    grads = (*found[:6], grad_y if ctx.act == "none" else found[6])
+    needs = ctx.needs_input_grad
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=False)), None, None, None)
+
+
+_bn.register_autograd(_bn_gradients, setup_context=_save_bn)

@@ -169,13 +169,32 @@ def table_cost(ratio: Tensor, tables: CostTables) -> tuple[Tensor, Tensor]:
     return (low + v * (high - low)).sum(), (tables.use_weights * slopes[tables.uses]).sum(1)
 
 
-def _apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [N, C, ...] times mask [C]. Where the mask is exactly 0 nothing is read, not even a NaN, and no gradient flows
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [N, C, H, W] times mask [C]. Where the mask is exactly 0 nothing is read, not even a NaN, and no gradient flows
     to x or to the mask."""
     if mask is None:
         return x
-    mask = mask.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+    mask = _per_channel(mask.to(x.dtype))
     return torch.where(mask != 0, x, 0) * mask
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype in which sums are taken: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def columns_only(weight: Tensor, columns: Tensor | None) -> Tensor:
+    """weight [Cout, Cin, kH, kW] with zeros in the columns that are not listed."""
+    if columns is None:
+        return weight
+    cout, cin, height, width = weight.shape
+    flat = weight.permute(0, 2, 3, 1).reshape(cout, -1)  # [Cout, kH * kW * Cin]
+    flat = torch.zeros_like(flat).index_copy(1, columns, flat.index_select(1, columns))
+    return flat.view(cout, height, width, cin).permute(0, 3, 1, 2)
 
 
 def masked_conv2d(
@@ -194,27 +213,65 @@ def masked_conv2d(
     columns: Tensor | None,  # [K]
 ) -> Tensor:  # [N, Cout, Ho, Wo]
     """See hwprune.ops.masked_conv2d."""
-    if columns is not None:
-        cout, cin, height, width = weight.shape
-        flat = weight.permute(0, 2, 3, 1).reshape(cout, -1)  # [Cout, kH * kW * Cin]
-        flat = torch.zeros_like(flat).index_copy(1, columns, flat.index_select(1, columns))
-        weight = flat.view(cout, height, width, cin).permute(0, 3, 1, 2)
-    y = F.conv2d(_apply_mask(x, in_mask), weight, None, stride, padding, dilation, groups)
+    weight = columns_only(weight, columns)
+    raw = F.conv2d(apply_mask(x, in_mask), weight, None, stride, padding, dilation, groups)
+    return epilogue(raw, out_mask, scale, shift, residual, act)
+
+
+def epilogue(
+    raw: Tensor,  # [N, C, H, W]
+    mask: Tensor | None,  # [C]
+    scale: Tensor | None,  # [C]
+    shift: Tensor | None,  # [C]
+    residual: Tensor | None,  # [N, C, H, W]
+    act: str,
+) -> Tensor:  # [N, C, H, W]
+    """act(mask ⊙ (scale ⊙ raw + shift) + residual), in float32 at least, rounded once to the dtype of raw."""
+    y = widened(raw)
     if scale is not None:
-        y = y * scale.view(1, -1, 1, 1)
+        y = y * _per_channel(scale)
     if shift is not None:
-        y = y + shift.view(1, -1, 1, 1)
-    y = _apply_mask(y, out_mask)
-    return ACTIVATIONS[act](y if residual is None else y + residual)
+        y = y + _per_channel(shift)
+    y = apply_mask(y, mask)
+    return ACTIVATIONS[act](y if residual is None else y + residual).to(raw.dtype)
 
 
 def channel_sums(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C, H, W] with the channels whose mask is exactly 0 zeroed; its sums and sums of squares [C], accumulated in
     float32 at least."""
     if mask is not None:
-        x = torch.where((mask != 0).view(1, -1, 1, 1), x, 0)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = torch.where(_per_channel(mask) != 0, x, 0)
+    wide = widened(x)
     return x, wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
+
+
+def bn_affine(
+    sums: Tensor, squares: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BatchNorm over `count` elements per channel as scale and shift; and the mean and biased variance. All [C]."""
+    mean = sums / count
+    var = (squares / count - mean.square()).clamp_min(0)
+    scale = weight * (var + eps).rsqrt()
+    return scale, bias - mean * scale, mean, var
+
+
+def bn_affine_backward(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    count: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `bn_affine`'s sums, squares, weight and bias from those of its scale and shift. All [C]."""
+    mean = sums / count
+    var = squares / count - mean.square()
+    inverse = (var.clamp_min(0) + eps).rsqrt()
+    grad_scale = grad_scale - grad_shift * mean  # the shift holds the scale, too
+    grad_var = torch.where(var > 0, grad_scale * weight * inverse.pow(3) / -2, 0)
+    grad_mean = -grad_shift * weight * inverse - 2 * mean * grad_var
+    return grad_mean / count, grad_var / count, grad_scale * inverse, grad_shift
 
 
 def masked_bn_act(
@@ -229,11 +286,5 @@ def masked_bn_act(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See hwprune.ops.masked_bn_act."""
-    count = x.numel() // x.shape[1]
-    mean = sums / count
-    var = (squares / count - mean.square()).clamp_min(0)
-    scale = weight * (var + eps).rsqrt()
-    shift = bias - mean * scale
-    y = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-    y = _apply_mask(y.to(x.dtype), mask)
-    return ACTIVATIONS[act](y if residual is None else y + residual), mean, var
+    scale, shift, mean, var = bn_affine(sums, squares, weight, bias, x.numel() // x.shape[1], eps)
+    return epilogue(x, mask, scale, shift, residual, act), mean, var

@@ -1,0 +1,501 @@
+#include "cpu/masked_conv.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/parallel.hpp"
+
+namespace hwprune {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // floats that are worth a thread
+constexpr int64_t kBlock = 64;       // additions in float32 before a sum moves to float64
+
+HWPRUNE_CLONES void scaled(const float* x, int64_t count, float factor, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = factor * x[i];
+}
+
+void copy(const float* x, int64_t count, float factor, float* out) {
+  if (factor == 0.0f)  // whatever x holds
+    std::fill(out, out + count, 0.0f);
+  else if (factor == 1.0f)
+    std::memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
+  else
+    scaled(x, count, factor, out);
+}
+
+HWPRUNE_CLONES float dot(const float* x, const float* y, int64_t count) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < count; begin += 16 * kBlock) {
+    const int64_t end = std::min(count, begin + 16 * kBlock);
+    float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += x[i] * y[i];
+    total += part;
+  }
+  return static_cast<float>(total);
+}
+
+HWPRUNE_CLONES void add(const float* x, int64_t count, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] += x[i];
+}
+
+HWPRUNE_CLONES void add_squares(const float* x, int64_t count, float* sums, float* squares) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += x[i];
+    squares[i] += x[i] * x[i];
+  }
+}
+
+HWPRUNE_CLONES void sum_squares(const float* x, int64_t count, double* total, double* total_squares) {
+  for (int64_t begin = 0; begin < count; begin += 16 * kBlock) {
+    const int64_t end = std::min(count, begin + 16 * kBlock);
+    float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum, squares)
+    for (int64_t i = begin; i < end; ++i) {
+      sum += x[i];
+      squares += x[i] * x[i];
+    }
+    *total += sum;
+    *total_squares += squares;
+  }
+}
+
+// Comparisons are written so that a NaN comes through, as in torch.
+inline float clamped(float z, float low, float high) {
+  const float raised = z < low ? low : z;
+  return high < raised ? high : raised;
+}
+
+HWPRUNE_CLONES void plane_forward(const float* raw, const float* residual, int64_t count, float a, float b, float low,
+                                  float high, float* y) {
+  if (raw && residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a * raw[i] + b + residual[i], low, high);
+  } else if (raw) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a * raw[i] + b, low, high);
+  } else if (residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = clamped(residual[i], low, high);
+  } else {
+    std::fill(y, y + count, clamped(0.0f, low, high));
+  }
+}
+
+// A row of channels; `mask` and `residual` may be null.
+HWPRUNE_CLONES void row_forward(const float* raw, const float* residual, const float* mask, int64_t count,
+                                const float* a, const float* b, float low, float high, float* y) {
+  if (mask && residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = clamped((mask[i] != 0.0f ? a[i] * raw[i] + b[i] : 0.0f) + residual[i], low, high);
+  } else if (mask) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = clamped(mask[i] != 0.0f ? a[i] * raw[i] + b[i] : 0.0f, low, high);
+  } else if (residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a[i] * raw[i] + b[i] + residual[i], low, high);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a[i] * raw[i] + b[i], low, high);
+  }
+}
+
+HWPRUNE_CLONES void plane_backward(const float* grad_y, const float* raw, const float* residual, int64_t count, float a,
+                                   float b, bool active, float low, float high, float* grad_raw, float* grad_residual,
+                                   double* total, double* total_raw) {
+  for (int64_t begin = 0; begin < count; begin += 16 * kBlock) {
+    const int64_t end = std::min(count, begin + 16 * kBlock);
+    float sum = 0.0f, sum_raw = 0.0f;
+#pragma omp simd reduction(+ : sum, sum_raw)
+    for (int64_t i = begin; i < end; ++i) {
+      const float r = active ? raw[i] : 0.0f;
+      const float z = a * r + b + (residual ? residual[i] : 0.0f);
+      const float d = (z > low) & (z < high) ? grad_y[i] : 0.0f;
+      grad_raw[i] = active ? a * d : 0.0f;
+      if (grad_residual) grad_residual[i] = d;
+      sum += d;
+      sum_raw += d * r;
+    }
+    *total += active ? sum : 0.0f;
+    *total_raw += sum_raw;
+  }
+}
+
+HWPRUNE_CLONES void row_backward(const float* grad_y, const float* raw, const float* residual, const float* mask,
+                                 int64_t count, const float* a, const float* b, float low, float high, float* grad_raw,
+                                 float* grad_residual, float* sum, float* sum_raw) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const bool active = mask[i] != 0.0f;
+    const float r = active ? raw[i] : 0.0f;
+    const float z = (active ? a[i] * r + b[i] : 0.0f) + (residual ? residual[i] : 0.0f);
+    const float d = (z > low) & (z < high) ? grad_y[i] : 0.0f;
+    const float through = active ? d : 0.0f;
+    grad_raw[i] = active ? a[i] * d : 0.0f;
+    if (grad_residual) grad_residual[i] = d;
+    sum[i] += through;
+    sum_raw[i] += through * r;
+  }
+}
+
+// Sums over rows of channels: in float32 for a while, then in float64.
+class RowSums {
+ public:
+  explicit RowSums(int64_t channels)
+      : first_(static_cast<size_t>(channels)), second_(first_), totals_(first_.size()), seconds_(first_.size()) {}
+  float* first() { return first_.data(); }
+  float* second() { return second_.data(); }
+  void row_done() {
+    if (++rows_ == kBlock) flush();
+  }
+  // Adds everything so far to `totals` and `seconds`.
+  void flush() {
+    for (size_t i = 0; i < first_.size(); ++i) {
+      totals_[i] += first_[i];
+      seconds_[i] += second_[i];
+    }
+    std::fill(first_.begin(), first_.end(), 0.0f);
+    std::fill(second_.begin(), second_.end(), 0.0f);
+    rows_ = 0;
+  }
+  const std::vector<double>& totals() const { return totals_; }
+  const std::vector<double>& seconds() const { return seconds_; }
+
+ private:
+  std::vector<float> first_, second_;
+  std::vector<double> totals_, seconds_;
+  int64_t rows_ = 0;
+};
+
+// One RowSums per thread, added up at the end in the order of the threads.
+void collect(std::vector<RowSums>& parts, int64_t channels, float* first, float* second) {
+  for (RowSums& part : parts) part.flush();
+  for (int64_t c = 0; c < channels; ++c) {
+    double total = 0.0, seconds = 0.0;
+    for (const RowSums& part : parts) {
+      total += part.totals()[static_cast<size_t>(c)];
+      seconds += part.seconds()[static_cast<size_t>(c)];
+    }
+    if (first) first[c] = static_cast<float>(total);
+    if (second) second[c] = static_cast<float>(seconds);
+  }
+}
+
+// Where each channel lies in the compact tensor, or -1.
+std::vector<int64_t> places(const int64_t* index, int64_t kept, int64_t channels) {
+  std::vector<int64_t> place(static_cast<size_t>(channels), -1);
+  for (int64_t j = 0; j < kept; ++j) place[static_cast<size_t>(kept == channels ? j : index[j])] = j;
+  return place;
+}
+
+struct Tap {
+  int64_t row, column, begin, end;  // kernel position, and its columns in the list
+};
+
+std::vector<Tap> taps(const Columns& args) {
+  std::vector<Tap> found;
+  for (int64_t i = 0; i < args.count; ++i) {
+    const int64_t position = args.columns[i] / args.channels;
+    const int64_t row = position / args.kernel_width, column = position % args.kernel_width;
+    if (found.empty() || found.back().row != row || found.back().column != column) found.push_back({row, column, i, i});
+    found.back().end = i + 1;
+  }
+  return found;
+}
+
+// Outputs 0 .. size whose input position, output * stride + offset, lies within 0 .. limit.
+struct Range {
+  int64_t begin, end;
+};
+
+Range inside(int64_t size, int64_t stride, int64_t offset, int64_t limit) {
+  const int64_t begin = offset < 0 ? (-offset + stride - 1) / stride : 0;
+  const int64_t end = offset < limit ? (limit - 1 - offset) / stride + 1 : 0;
+  return {std::min(begin, size), std::max(std::min(end, size), std::min(begin, size))};
+}
+
+}  // namespace
+
+void gather_channels(const float* x, const Batch& batch, const int64_t* index, const float* factor, int64_t kept,
+                     float* out) {
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  if (batch.channels_last) {
+    const std::vector<int32_t> short_index(index, index + kept);  // half as much to load
+    const int32_t* at = short_index.data();
+    parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, kept), batch.threads,
+             [=](int64_t, int64_t begin, int64_t end) {
+               for (int64_t row = begin; row < end; ++row) {
+                 const float* from = x + row * channels;
+                 float* to = out + row * kept;
+                 if (factor)
+                   for (int64_t j = 0; j < kept; ++j) to[j] = factor[j] != 0.0f ? factor[j] * from[at[j]] : 0.0f;
+                 else
+                   for (int64_t j = 0; j < kept; ++j) to[j] = from[at[j]];
+               }
+             });
+    return;
+  }
+  parallel(batch.images * kept, kGrain / std::max<int64_t>(1, pixels), batch.threads,
+           [=](int64_t, int64_t begin, int64_t end) {
+             for (int64_t plane = begin; plane < end; ++plane) {
+               const int64_t image = plane / kept, j = plane % kept;
+               copy(x + (image * channels + index[j]) * pixels, pixels, factor ? factor[j] : 1.0f,
+                    out + plane * pixels);
+             }
+           });
+}
+
+void scatter_channels(const float* compact, const Batch& batch, const int64_t* index, const float* factor, int64_t kept,
+                      const float* x, float* out, float* dots) {
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  const auto parts = static_cast<size_t>(std::max<int64_t>(1, batch.threads));
+  std::vector<RowSums> sums(dots ? parts : 0, RowSums(kept));
+  if (batch.channels_last) {
+    parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
+             [&](int64_t thread, int64_t begin, int64_t end) {
+               std::fill(out + begin * channels, out + end * channels, 0.0f);
+               RowSums* mine = dots ? &sums[static_cast<size_t>(thread)] : nullptr;
+               for (int64_t row = begin; row < end; ++row) {
+                 const float* from = compact + row * kept;
+                 float* to = out + row * channels;
+                 for (int64_t j = 0; j < kept; ++j) to[index[j]] = factor ? factor[j] * from[j] : from[j];
+                 if (!mine) continue;
+                 const float* other = x + row * channels;
+                 float* sum = mine->first();
+                 for (int64_t j = 0; j < kept; ++j) sum[j] += from[j] * other[index[j]];
+                 mine->row_done();
+               }
+             });
+  } else {
+    const std::vector<int64_t> place = places(index, kept, channels);
+    parallel(batch.images * channels, kGrain / std::max<int64_t>(1, pixels), batch.threads,
+             [&](int64_t thread, int64_t begin, int64_t end) {
+               for (int64_t plane = begin; plane < end; ++plane) {
+                 const int64_t image = plane / channels, j = place[static_cast<size_t>(plane % channels)];
+                 if (j < 0) {
+                   std::fill(out + plane * pixels, out + (plane + 1) * pixels, 0.0f);
+                   continue;
+                 }
+                 const float* from = compact + (image * kept + j) * pixels;
+                 copy(from, pixels, factor ? factor[j] : 1.0f, out + plane * pixels);
+                 if (!dots) continue;
+                 RowSums& mine = sums[static_cast<size_t>(thread)];
+                 mine.first()[j] += dot(from, x + plane * pixels, pixels);
+                 if (plane % channels == channels - 1) mine.row_done();
+               }
+             });
+  }
+  if (dots) collect(sums, kept, dots, nullptr);
+}
+
+void epilogue(const float* raw, const Batch& batch, const int64_t* index, int64_t kept, const Epilogue& args, float* y,
+              float* raw_full) {
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  const bool some = kept < channels;
+  if (batch.channels_last) {
+    parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
+             [&](int64_t, int64_t begin, int64_t end) {
+               std::vector<float> spread(some ? static_cast<size_t>(channels) : 0);  // a row of raw in its full place
+               for (int64_t row = begin; row < end; ++row) {
+                 const float* full = raw + row * kept;
+                 if (some) {
+                   for (int64_t j = 0; j < kept; ++j) spread[static_cast<size_t>(index[j])] = full[j];
+                   full = spread.data();
+                 }
+                 if (raw_full) copy(full, channels, 1.0f, raw_full + row * channels);
+                 row_forward(full, args.residual ? args.residual + row * channels : nullptr, args.mask, channels,
+                             args.a, args.b, args.low, args.high, y + row * channels);
+               }
+             });
+    return;
+  }
+  const std::vector<int64_t> place = places(index, kept, channels);
+  parallel(batch.images * channels, kGrain / std::max<int64_t>(1, pixels), batch.threads,
+           [&](int64_t, int64_t begin, int64_t end) {
+             for (int64_t plane = begin; plane < end; ++plane) {
+               const int64_t c = plane % channels, j = place[static_cast<size_t>(c)];
+               const float* from = j < 0 ? nullptr : raw + (plane / channels * kept + j) * pixels;
+               if (raw_full && from) copy(from, pixels, 1.0f, raw_full + plane * pixels);
+               if (raw_full && !from) std::fill(raw_full + plane * pixels, raw_full + (plane + 1) * pixels, 0.0f);
+               if (args.mask && args.mask[c] == 0.0f) from = nullptr;
+               plane_forward(from, args.residual ? args.residual + plane * pixels : nullptr, pixels, args.a[c],
+                             args.b[c], args.low, args.high, y + plane * pixels);
+             }
+           });
+}
+
+void epilogue_backward(const float* grad_y, const float* raw, const Batch& batch, const Epilogue& args, float* grad_raw,
+                       float* grad_residual, float* sum, float* sum_raw) {
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  const auto parts = static_cast<size_t>(std::max<int64_t>(1, batch.threads));
+  if (batch.channels_last) {
+    const std::vector<float> ones(args.mask ? 0 : static_cast<size_t>(channels), 1.0f);
+    const float* mask = args.mask ? args.mask : ones.data();
+    std::vector<RowSums> sums(parts, RowSums(channels));
+    parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
+             [&](int64_t thread, int64_t begin, int64_t end) {
+               RowSums& mine = sums[static_cast<size_t>(thread)];
+               for (int64_t row = begin; row < end; ++row) {
+                 const int64_t at = row * channels;
+                 row_backward(grad_y + at, raw + at, args.residual ? args.residual + at : nullptr, mask, channels,
+                              args.a, args.b, args.low, args.high, grad_raw + at,
+                              grad_residual ? grad_residual + at : nullptr, mine.first(), mine.second());
+                 mine.row_done();
+               }
+             });
+    collect(sums, channels, sum, sum_raw);
+    return;
+  }
+  const auto width = static_cast<size_t>(channels);
+  std::vector<double> totals(parts * width), totals_raw(parts * width);
+  parallel(batch.images * channels, kGrain / std::max<int64_t>(1, pixels), batch.threads,
+           [&](int64_t thread, int64_t begin, int64_t end) {
+             for (int64_t plane = begin; plane < end; ++plane) {
+               const int64_t c = plane % channels, at = plane * pixels;
+               const bool active = !args.mask || args.mask[c] != 0.0f;
+               const size_t slot = static_cast<size_t>(thread) * width + static_cast<size_t>(c);
+               plane_backward(grad_y + at, raw + at, args.residual ? args.residual + at : nullptr, pixels,
+                              active ? args.a[c] : 0.0f, active ? args.b[c] : 0.0f, active, args.low, args.high,
+                              grad_raw + at, grad_residual ? grad_residual + at : nullptr, &totals[slot],
+                              &totals_raw[slot]);
+             }
+           });
+  for (size_t c = 0; c < width; ++c) {
+    double total = 0.0, total_raw = 0.0;
+    for (size_t part = 0; part < parts; ++part) {
+      total += totals[part * width + c];
+      total_raw += totals_raw[part * width + c];
+    }
+    sum[c] = static_cast<float>(total);
+    sum_raw[c] = static_cast<float>(total_raw);
+  }
+}
+
+void channel_sums(const float* x, const Batch& batch, float* sums, float* squares) {
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  if (batch.channels_last) {
+    std::vector<RowSums> parts(static_cast<size_t>(std::max<int64_t>(1, batch.threads)), RowSums(channels));
+    parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
+             [&](int64_t thread, int64_t begin, int64_t end) {
+               RowSums& mine = parts[static_cast<size_t>(thread)];
+               for (int64_t row = begin; row < end; ++row) {
+                 add_squares(x + row * channels, channels, mine.first(), mine.second());
+                 mine.row_done();
+               }
+             });
+    collect(parts, channels, sums, squares);
+    return;
+  }
+  const int64_t worth = kGrain / std::max<int64_t>(1, batch.images * pixels);
+  parallel(channels, worth, batch.threads, [=](int64_t, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      double total = 0.0, total_squares = 0.0;
+      for (int64_t image = 0; image < batch.images; ++image)
+        sum_squares(x + (image * channels + c) * pixels, pixels, &total, &total_squares);
+      sums[c] = static_cast<float>(total);
+      squares[c] = static_cast<float>(total_squares);
+    }
+  });
+}
+
+void pack_columns(const float* x, int64_t images, const Columns& args, float* packed) {
+  const std::vector<Tap> kernel = taps(args);
+  const int64_t area = args.out_height * args.out_width, total = images * area, count = args.count;
+  const auto worth = [&](int64_t row) { return kGrain / std::max<int64_t>(1, row); };
+  if (args.channels_last) {
+    std::vector<int32_t> channel(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i)
+      channel[static_cast<size_t>(i)] = static_cast<int32_t>(args.columns[i] % args.channels);
+    const int32_t* at = channel.data();
+    parallel(images * args.out_height, worth(args.out_width * count), args.threads,
+             [&](int64_t, int64_t begin, int64_t end) {
+               for (int64_t line = begin; line < end; ++line) {
+                 const int64_t image = line / args.out_height, oh = line % args.out_height;
+                 for (int64_t ow = 0; ow < args.out_width; ++ow) {
+                   float* to = packed + (line * args.out_width + ow) * count;
+                   for (const Tap& tap : kernel) {
+                     const int64_t ih = oh * args.stride_h + tap.row * args.dilation_h - args.pad_h;
+                     const int64_t iw = ow * args.stride_w + tap.column * args.dilation_w - args.pad_w;
+                     if (ih < 0 || ih >= args.height || iw < 0 || iw >= args.width) {
+                       std::fill(to + tap.begin, to + tap.end, 0.0f);
+                       continue;
+                     }
+                     const float* from = x + ((image * args.height + ih) * args.width + iw) * args.channels;
+                     for (int64_t j = tap.begin; j < tap.end; ++j) to[j] = from[at[j]];
+                   }
+                 }
+               }
+             });
+    return;
+  }
+  parallel(count, worth(total), args.threads, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t position = args.columns[j] / args.channels, c = args.columns[j] % args.channels;
+      const int64_t down = position / args.kernel_width * args.dilation_h - args.pad_h;
+      const int64_t right = position % args.kernel_width * args.dilation_w - args.pad_w;
+      const Range rows = inside(args.out_height, args.stride_h, down, args.height);
+      const Range across = inside(args.out_width, args.stride_w, right, args.width);
+      for (int64_t image = 0; image < images; ++image) {
+        const float* plane = x + (image * args.channels + c) * args.height * args.width;
+        float* to = packed + j * total + image * area;
+        std::fill(to, to + rows.begin * args.out_width, 0.0f);
+        std::fill(to + rows.end * args.out_width, to + area, 0.0f);
+        for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+          const float* from = plane + (oh * args.stride_h + down) * args.width + right;
+          float* line = to + oh * args.out_width;
+          std::fill(line, line + across.begin, 0.0f);
+          std::fill(line + across.end, line + args.out_width, 0.0f);
+          if (args.stride_w == 1)
+            std::copy(from + across.begin, from + across.end, line + across.begin);
+          else
+            for (int64_t ow = across.begin; ow < across.end; ++ow) line[ow] = from[ow * args.stride_w];
+        }
+      }
+    }
+  });
+}
+
+void unpack_columns(const float* packed, int64_t images, const Columns& args, float* x) {
+  const std::vector<Tap> kernel = taps(args);
+  const int64_t area = args.out_height * args.out_width, total = images * area, count = args.count;
+  const int64_t image_size = args.channels * args.height * args.width;
+  parallel(images, kGrain / std::max<int64_t>(1, count * area), args.threads, [&](int64_t, int64_t begin, int64_t end) {
+    std::fill(x + begin * image_size, x + end * image_size, 0.0f);
+    for (int64_t image = begin; image < end; ++image) {
+      for (const Tap& tap : kernel) {
+        const int64_t down = tap.row * args.dilation_h - args.pad_h;
+        const int64_t right = tap.column * args.dilation_w - args.pad_w;
+        const Range rows = inside(args.out_height, args.stride_h, down, args.height);
+        const Range across = inside(args.out_width, args.stride_w, right, args.width);
+        for (int64_t oh = rows.begin; oh < rows.end; ++oh) {
+          const int64_t ih = oh * args.stride_h + down;
+          if (args.channels_last) {
+            for (int64_t ow = across.begin; ow < across.end; ++ow) {
+              const float* from = packed + (image * area + oh * args.out_width + ow) * count;
+              float* to = x + ((image * args.height + ih) * args.width + ow * args.stride_w + right) * args.channels;
+              for (int64_t j = tap.begin; j < tap.end; ++j) to[args.columns[j] % args.channels] += from[j];
+            }
+            continue;
+          }
+          for (int64_t j = tap.begin; j < tap.end; ++j) {
+            const float* from = packed + j * total + image * area + oh * args.out_width;
+            float* to = x + (image * args.channels + args.columns[j] % args.channels) * args.height * args.width +
+                        ih * args.width + right;
+            if (args.stride_w == 1)
+              add(from + across.begin, across.end - across.begin, to + across.begin);
+            else
+              for (int64_t ow = across.begin; ow < across.end; ++ow) to[ow * args.stride_w] += from[ow];
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace hwprune

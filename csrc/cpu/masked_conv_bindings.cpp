@@ -1,0 +1,116 @@
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/masked_conv.hpp"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void gather_channels(Address x, const hwprune::Batch& batch, Address index, Address factor, int64_t kept, Address out) {
+  hwprune::gather_channels(pointer<const float>(x), batch, pointer<const int64_t>(index), pointer<const float>(factor),
+                           kept, pointer<float>(out));
+}
+
+void scatter_channels(Address compact, const hwprune::Batch& batch, Address index, Address factor, int64_t kept,
+                      Address x, Address out, Address dots) {
+  hwprune::scatter_channels(pointer<const float>(compact), batch, pointer<const int64_t>(index),
+                            pointer<const float>(factor), kept, pointer<const float>(x), pointer<float>(out),
+                            pointer<float>(dots));
+}
+
+hwprune::Epilogue make_epilogue(Address a, Address b, Address mask, Address residual, float low, float high) {
+  return {pointer<const float>(a),
+          pointer<const float>(b),
+          pointer<const float>(mask),
+          pointer<const float>(residual),
+          low,
+          high};
+}
+
+void epilogue(Address raw, const hwprune::Batch& batch, Address index, int64_t kept, const hwprune::Epilogue& args,
+              Address y, Address raw_full) {
+  hwprune::epilogue(pointer<const float>(raw), batch, pointer<const int64_t>(index), kept, args, pointer<float>(y),
+                    pointer<float>(raw_full));
+}
+
+void epilogue_backward(Address grad_y, Address raw, const hwprune::Batch& batch, const hwprune::Epilogue& args,
+                       Address grad_raw, Address grad_residual, Address sum, Address sum_raw) {
+  hwprune::epilogue_backward(pointer<const float>(grad_y), pointer<const float>(raw), batch, args,
+                             pointer<float>(grad_raw), pointer<float>(grad_residual), pointer<float>(sum),
+                             pointer<float>(sum_raw));
+}
+
+void channel_sums(Address x, const hwprune::Batch& batch, Address sums, Address squares) {
+  hwprune::channel_sums(pointer<const float>(x), batch, pointer<float>(sums), pointer<float>(squares));
+}
+
+hwprune::Columns make_columns(int64_t channels, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                              int64_t kernel_width, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
+                              int64_t dilation_h, int64_t dilation_w, Address columns, int64_t count,
+                              bool channels_last, int64_t threads) {
+  return {channels,
+          height,
+          width,
+          out_height,
+          out_width,
+          kernel_width,
+          stride_h,
+          stride_w,
+          pad_h,
+          pad_w,
+          dilation_h,
+          dilation_w,
+          pointer<const int64_t>(columns),
+          count,
+          channels_last,
+          threads};
+}
+
+void pack_columns(Address x, int64_t images, const hwprune::Columns& args, Address packed) {
+  hwprune::pack_columns(pointer<const float>(x), images, args, pointer<float>(packed));
+}
+
+void unpack_columns(Address packed, int64_t images, const hwprune::Columns& args, Address x) {
+  hwprune::unpack_columns(pointer<const float>(packed), images, args, pointer<float>(x));
+}
+
+}  // namespace
+
+// Called by the module's definition in bindings.cpp. An address of 0 is a null pointer.
+void bind_masked_conv(py::module_& module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<hwprune::Batch>(module, "Batch")
+      .def(py::init<int64_t, int64_t, int64_t, bool, int64_t>(), py::arg("images"), py::arg("channels"),
+           py::arg("pixels"), py::arg("channels_last"), py::arg("threads"));
+  py::class_<hwprune::Epilogue>(module, "Epilogue")
+      .def(py::init(&make_epilogue), py::arg("a"), py::arg("b"), py::arg("mask"), py::arg("residual"), py::arg("low"),
+           py::arg("high"));
+  py::class_<hwprune::Columns>(module, "Columns")
+      .def(py::init(&make_columns), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("out_height"),
+           py::arg("out_width"), py::arg("kernel_width"), py::arg("stride_h"), py::arg("stride_w"), py::arg("pad_h"),
+           py::arg("pad_w"), py::arg("dilation_h"), py::arg("dilation_w"), py::arg("columns"), py::arg("count"),
+           py::arg("channels_last"), py::arg("threads"));
+  module.def("gather_channels", &gather_channels, py::arg("x"), py::arg("batch"), py::arg("index"), py::arg("factor"),
+             py::arg("kept"), py::arg("out"), release());
+  module.def("scatter_channels", &scatter_channels, py::arg("compact"), py::arg("batch"), py::arg("index"),
+             py::arg("factor"), py::arg("kept"), py::arg("x"), py::arg("out"), py::arg("dots"), release());
+  module.def("epilogue", &epilogue, py::arg("raw"), py::arg("batch"), py::arg("index"), py::arg("kept"),
+             py::arg("args"), py::arg("y"), py::arg("raw_full"), release());
+  module.def("epilogue_backward", &epilogue_backward, py::arg("grad_y"), py::arg("raw"), py::arg("batch"),
+             py::arg("args"), py::arg("grad_raw"), py::arg("grad_residual"), py::arg("sum"), py::arg("sum_raw"),
+             release());
+  module.def("channel_sums", &channel_sums, py::arg("x"), py::arg("batch"), py::arg("sums"), py::arg("squares"),
+             release());
+  module.def("pack_columns", &pack_columns, py::arg("x"), py::arg("images"), py::arg("args"), py::arg("packed"),
+             release());
+  module.def("unpack_columns", &unpack_columns, py::arg("packed"), py::arg("images"), py::arg("args"), py::arg("x"),
+             release());
+}

@@ -1,0 +1,504 @@
+"""The C++ backend of masked_conv2d: active channels are picked, oneDNN multiplies what is left, and one pass ends it.
+
+The functions are those of `hwprune.ops._reference_conv`. "Compact" tensors hold the active channels only.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hwprune.ops import _native, reference
+from hwprune.ops._reference_conv import Geometry, layout, output_shape
+
+_CLAMPS = {"none": (-torch.inf, torch.inf), "relu": (0.0, torch.inf), "relu6": (0.0, 6.0)}
+_PACKED_FLOATS = 1 << 18  # of weight columns at a time: they are to stay in the second-level cache
+
+
+def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+    """Why this backend cannot take these tensors; None: it can."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"it takes float32 on cpu, and x is {x.dtype} on {x.device}, weight {weight.dtype}"
+    if groups > 1 and (weight.shape[0], weight.shape[1]) != (groups, 1):
+        return f"it takes groups=1 or one channel in and out per group, and {list(weight.shape)} has {groups} groups"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    geometry: Geometry,
+    columns: Tensor | None,
+    save_raw: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor | None]:
+    outs, shape = _active(out_mask), output_shape(x, weight.shape, geometry)
+    a, b = _affine(x, shape[1], out_mask, scale, shift)
+    if save_raw:
+        compact = _convolve(x, weight, in_mask, outs, None, None, geometry, columns)
+        return _finish(compact, outs, a, b, out_mask, residual, act, shape, layout(x), keep_raw=True)
+    compact = _convolve(x, weight, in_mask, outs, a, b, geometry, columns)
+    if outs is None and residual is None:
+        return _activate_(compact, act), None
+    ones, zeros = torch.ones_like(a), torch.zeros_like(b)
+    return _finish(compact, outs, ones, zeros, out_mask, residual, act, shape, layout(x), keep_raw=False)
+
+
+def forward_stats(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outs, form = _active(out_mask), layout(x)
+    compact = _convolve(x, weight, in_mask, outs, None, None, geometry, columns)
+    sums, squares = x.new_empty(compact.shape[1]), x.new_empty(compact.shape[1])
+    _native.module("cpp").channel_sums(compact.data_ptr(), _batch(compact, form), sums.data_ptr(), squares.data_ptr())
+    if outs is None:
+        return compact, sums, squares
+    zeros = x.new_zeros(weight.shape[0])
+    raw, _ = _scatter(compact, outs, None, None, output_shape(x, weight.shape, geometry), form)
+    return raw, zeros.index_copy(0, outs, sums), zeros.index_copy(0, outs, squares)
+
+
+def backward_epilogue(
+    grad_y: Tensor,
+    raw: Tensor,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    channels, form = raw.shape[1], layout(raw)
+    raw = raw.contiguous(memory_format=form)
+    a, b = _affine(raw, channels, out_mask, scale, shift)
+    given = residual
+    if act not in _CLAMPS:  # their derivatives are torch's
+        z, _ = _finish(raw, None, a, b, out_mask, residual, "none", raw.shape, form, keep_raw=False)
+        backward: Any = torch.ops.aten.silu_backward if act == "silu" else torch.ops.aten.gelu_backward
+        grad_y, given, act = backward(grad_y, z), None, "none"
+    grad_y = grad_y.contiguous(memory_format=form)
+    given = None if given is None else given.contiguous(memory_format=form)
+    grad_raw = torch.empty_like(raw)
+    grad_residual = None if residual is None else torch.empty_like(raw)
+    total, total_raw = raw.new_empty(channels), raw.new_empty(channels)
+    cpp = _native.module("cpp")
+    args = cpp.Epilogue(*map(_address, (a, b, out_mask, given)), *_CLAMPS[act])
+    outputs = map(_address, (grad_raw, grad_residual, total, total_raw))
+    cpp.epilogue_backward(grad_y.data_ptr(), raw.data_ptr(), _batch(raw, form), args, *outputs)
+    grad_mask = total_raw if scale is None else _weighted(total_raw, scale, out_mask)
+    if shift is not None:
+        grad_mask = grad_mask + _weighted(total, shift, out_mask)
+    return (
+        grad_raw,
+        grad_residual,
+        None if out_mask is None else grad_mask,
+        None if scale is None else total_raw if out_mask is None else total_raw * out_mask,
+        None if shift is None else total if out_mask is None else total * out_mask,
+    )
+
+
+def backward_input(
+    grad_raw: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor | None]:
+    outs, channels, form = _active(out_mask), x.shape[1], layout(x)
+    compact = _gather(grad_raw, outs, None, form)
+    if columns is not None:
+        return _columns_backward_input(compact, x, weight, outs, geometry, columns), None
+    small, groups, ins = _rows(weight, outs), geometry[3], _active(in_mask)
+    if groups > 1:
+        groups, ins = len(small), outs
+    elif ins is not None:
+        small = small.index_select(1, ins)
+    shape = (x.shape[0], channels if ins is None else len(ins), *x.shape[2:])
+    if 0 in shape or 0 in compact.shape:
+        zeros = torch.zeros_like(x.contiguous(memory_format=form))
+        return zeros, None if in_mask is None else torch.zeros_like(in_mask)
+    like = torch.empty(shape, dtype=x.dtype, device="cpu").contiguous(memory_format=form)
+    grad = _backward(compact, like, small, geometry, groups, wants=0).contiguous(memory_format=form)
+    if in_mask is None and ins is None:
+        return grad, None
+    index = torch.arange(channels) if ins is None else ins
+    factor = None if in_mask is None else in_mask.index_select(0, index)
+    grad_x, dots = _scatter(grad, index, factor, None if in_mask is None else x, x.shape, form)
+    if in_mask is None or dots is None:
+        return grad_x, None
+    return grad_x, torch.where(in_mask != 0, torch.zeros_like(in_mask).index_copy(0, index, dots), 0)
+
+
+def backward_weight(
+    grad_raw: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+    allow_tf32: bool,
+) -> Tensor:
+    outs = _active(out_mask)
+    compact = _gather(grad_raw, outs, None, layout(x))
+    if columns is not None:
+        small = _columns_backward_weight(compact, x, weight_shape, geometry, columns)
+    else:
+        small = _backward_weight(compact, x, weight_shape, in_mask, outs, geometry)
+    if outs is None:
+        return small
+    return small.new_zeros(tuple(weight_shape)).index_copy(0, outs, small)
+
+
+def bn_act(
+    x: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = layout(x)
+    scale, shift, mean, var = reference.bn_affine(sums, squares, weight, bias, x.numel() // x.shape[1], eps)
+    a, b = _affine(x, x.shape[1], mask, scale, shift)
+    dense = x.contiguous(memory_format=form)
+    y, _ = _finish(dense, None, a, b, mask, residual, act, x.shape, form, keep_raw=False)
+    return y, mean, var
+
+
+def bn_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    squares: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    count = x.numel() // x.shape[1]
+    scale, shift, _, _ = reference.bn_affine(sums, squares, weight, bias, count, eps)
+    grad_x, grad_residual, grad_mask, grad_scale, grad_shift = backward_epilogue(
+        grad_y, x, mask, scale, shift, residual, act
+    )
+    assert grad_scale is not None and grad_shift is not None
+    affine = reference.bn_affine_backward(grad_scale, grad_shift, sums, squares, weight, count, eps)
+    return grad_x, *affine, grad_mask, grad_residual
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    outs: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+) -> Tensor:
+    """a ⊙ conv2d(in_mask ⊙ x, weight) + b in the output channels `outs`. [N, len(outs), Ho, Wo]
+
+    a, b [Cout] and in_mask are folded into the weight, so that they cost nothing.
+    """
+    form = layout(x)
+    x = x.contiguous(memory_format=form)
+    if a is not None:
+        weight = weight * a.view(-1, 1, 1, 1)
+    b = b if b is None or outs is None else b.index_select(0, outs)
+    if columns is not None:
+        return _columns_forward(x, weight, outs, b, geometry, columns, form)
+    stride, padding, dilation, groups = geometry
+    small = _rows(weight, outs)
+    if groups > 1:
+        if outs is not None or in_mask is not None:
+            x = _depthwise_input(x, in_mask, outs, form)
+        groups = len(small)
+    elif in_mask is not None:
+        ins = _active(in_mask)
+        small = small * in_mask.view(1, -1, 1, 1)
+        if ins is not None:
+            x, small = _gather(x, ins, None, form), small.index_select(1, ins)
+    if x.numel() == 0 or small.numel() == 0:
+        shape = output_shape(x, small.shape, geometry)
+        empty = x.new_zeros(shape) if b is None else b.view(1, -1, 1, 1).expand(shape)
+        return empty.contiguous(memory_format=form)
+    return F.conv2d(x, small, b, stride, padding, dilation, groups).contiguous(memory_format=form)
+
+
+def _depthwise_input(x: Tensor, in_mask: Tensor | None, outs: Tensor | None, form: torch.memory_format) -> Tensor:
+    """in_mask ⊙ x in the channels `outs`."""
+    index = torch.arange(x.shape[1]) if outs is None else outs
+    return _gather(x, index, None if in_mask is None else in_mask.index_select(0, index), form)
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, wants: int) -> Tensor:
+    """The gradient of x (wants=0) or of the weight (1), of which only the shape is looked at then."""
+    stride, padding, dilation, _ = geometry
+    mask = [wants == 0, wants == 1, False]
+    grads: list[Tensor] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    return grads[wants]
+
+
+def _backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    in_mask: Tensor | None,
+    outs: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """The gradient of the rows `outs` of the weight. [len(outs), Cin / groups, kH, kW]"""
+    shape = (grad.shape[1], *weight_shape[1:])
+    form, ins, groups = layout(x), None, geometry[3]
+    if groups > 1:
+        x, groups = _depthwise_input(x, in_mask, outs, form), shape[0]
+    else:
+        ins = _active(in_mask)
+        x = _gather(x, ins, None, form)
+    if x.numel() == 0 or grad.numel() == 0:
+        return x.new_zeros(shape)
+    small = shape if ins is None else (shape[0], len(ins), *shape[2:])
+    found = _backward(grad, x, x.new_empty(small), geometry, groups, wants=1)
+    if geometry[3] > 1 or in_mask is None:
+        return found.contiguous()
+    if ins is not None:
+        found = found.new_zeros(shape).index_copy(1, ins, found)
+    return (found * in_mask.view(1, -1, 1, 1)).contiguous()
+
+
+def _columns_forward(
+    x: Tensor,
+    weight: Tensor,
+    outs: Tensor | None,
+    b: Tensor | None,  # [len(outs)]
+    geometry: Geometry,
+    columns: Tensor,
+    form: torch.memory_format,
+) -> Tensor:
+    """The product over the listed columns only, a few images at a time. [N, len(outs), Ho, Wo]"""
+    listed = _listed(weight, outs, columns)
+    shape = (x.shape[0], len(listed), *output_shape(x, weight.shape, geometry)[2:])
+    y = torch.empty(shape, memory_format=form)
+    if listed.numel() == 0 or y.numel() == 0:
+        return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
+    for part, packed in _packed(x, weight.shape, geometry, columns, form):
+        mine = y[part]
+        if form == torch.channels_last:
+            _multiply(packed, listed.t(), b, mine.permute(0, 2, 3, 1).view(-1, shape[1]))
+        elif len(mine) == 1:
+            _multiply(listed, packed, None if b is None else b.view(-1, 1), mine.view(shape[1], -1))
+        else:
+            product = torch.mm(listed, packed).view(shape[1], len(mine), *shape[2:]).transpose(0, 1)
+            torch.add(product, 0.0 if b is None else b.view(1, -1, 1, 1), out=mine)
+    return y
+
+
+def _columns_backward_weight(
+    grad: Tensor, x: Tensor, weight_shape: Sequence[int], geometry: Geometry, columns: Tensor
+) -> Tensor:
+    total, form = grad.new_zeros(grad.shape[1], len(columns)), layout(x)
+    if grad.numel() and len(columns):
+        for part, packed in _packed(x.contiguous(memory_format=form), weight_shape, geometry, columns, form):
+            if form == torch.channels_last:
+                total.addmm_(grad[part].permute(0, 2, 3, 1).reshape(-1, len(total)).t(), packed)
+            else:
+                total.addmm_(grad[part].transpose(0, 1).reshape(len(total), -1), packed.t())
+    _, cin, height, width = weight_shape
+    full = grad.new_zeros(len(total), height * width * cin).index_copy(1, columns, total)
+    return full.view(len(total), height, width, cin).permute(0, 3, 1, 2).contiguous()
+
+
+def _columns_backward_input(
+    grad: Tensor, x: Tensor, weight: Tensor, outs: Tensor | None, geometry: Geometry, columns: Tensor
+) -> Tensor:
+    form, listed = layout(x), _listed(weight, outs, columns)
+    grad_x = torch.empty(x.shape, memory_format=form)
+    if grad.numel() == 0 or listed.numel() == 0:
+        return grad_x.zero_()
+    args = _columns_args(x, weight.shape, geometry, columns, form)
+    for part in _parts(len(x), len(columns) * grad.shape[2] * grad.shape[3]):
+        if form == torch.channels_last:
+            packed = torch.mm(grad[part].permute(0, 2, 3, 1).reshape(-1, len(listed)), listed)
+        else:
+            packed = torch.mm(listed.t(), grad[part].transpose(0, 1).reshape(len(listed), -1))
+        mine = grad_x[part]
+        _native.module("cpp").unpack_columns(packed.data_ptr(), len(mine), args, mine.data_ptr())
+    return grad_x
+
+
+def _listed(weight: Tensor, outs: Tensor | None, columns: Tensor) -> Tensor:
+    """The listed columns of the rows `outs`. [len(outs), K]"""
+    rows = _rows(weight, outs)
+    return rows.permute(0, 2, 3, 1).reshape(len(rows), weight[0].numel()).index_select(1, columns)
+
+
+def _packed(
+    x: Tensor, weight_shape: Sequence[int], geometry: Geometry, columns: Tensor, form: torch.memory_format
+) -> Iterator[tuple[slice, Tensor]]:
+    """Images, and their listed columns: [images * Ho * Wo, K] in NHWC, else transposed."""
+    _, _, height, width = output_shape(x, weight_shape, geometry)
+    args = _columns_args(x, weight_shape, geometry, columns, form)
+    for part in _parts(len(x), len(columns) * height * width):
+        rows = (part.stop - part.start) * height * width
+        shape = (rows, len(columns)) if form == torch.channels_last else (len(columns), rows)
+        packed = x.new_empty(shape)
+        _native.module("cpp").pack_columns(x[part].data_ptr(), part.stop - part.start, args, packed.data_ptr())
+        yield part, packed
+
+
+def _parts(images: int, floats_per_image: int) -> Iterator[slice]:
+    step = max(1, _PACKED_FLOATS // max(1, floats_per_image))
+    for first in range(0, images, step):
+        yield slice(first, min(images, first + step))
+
+
+def _columns_args(
+    x: Tensor, weight_shape: Sequence[int], geometry: Geometry, columns: Tensor, form: torch.memory_format
+) -> Any:
+    stride, padding, dilation, _ = geometry
+    return _native.module("cpp").Columns(
+        *x.shape[1:],
+        *output_shape(x, weight_shape, geometry)[2:],
+        weight_shape[3],
+        *stride,
+        *padding,
+        *dilation,
+        columns.data_ptr(),
+        len(columns),
+        form == torch.channels_last,
+        torch.get_num_threads(),
+    )
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _active(mask: Tensor | None) -> Tensor | None:
+    """The channels that are not masked, where some are; None: all are active."""
+    if mask is None:
+        return None
+    index = mask.nonzero()[:, 0]
+    return None if len(index) == len(mask) else index
+
+
+def _rows(weight: Tensor, outs: Tensor | None) -> Tensor:
+    return weight if outs is None else weight.index_select(0, outs)
+
+
+def _weighted(sums: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """sums ⊙ values, 0 in masked channels whatever values hold there."""
+    return sums * values if mask is None else torch.where(mask != 0, sums * values, 0)
+
+
+def _affine(
+    x: Tensor, channels: int, mask: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """mask ⊙ scale and mask ⊙ shift, 0 in masked channels. [C] each"""
+    a = x.new_ones(channels) if scale is None else scale.contiguous()
+    b = x.new_zeros(channels) if shift is None else shift.contiguous()
+    if mask is None:
+        return a, b
+    return torch.where(mask != 0, a * mask, 0), torch.where(mask != 0, b * mask, 0)
+
+
+def _activate_(x: Tensor, act: str) -> Tensor:
+    if act == "gelu":
+        torch.ops.aten.gelu_(x)
+        return x
+    if act == "silu":
+        return F.silu(x, inplace=True)
+    if act == "none":
+        return x
+    low, high = _CLAMPS[act]
+    return x.clamp_(low, high)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _batch(x: Tensor, form: torch.memory_format) -> Any:
+    pixels = x.shape[2] * x.shape[3]
+    last = form == torch.channels_last
+    return _native.module("cpp").Batch(x.shape[0], x.shape[1], pixels, last, torch.get_num_threads())
+
+
+def _gather(x: Tensor, index: Tensor | None, factor: Tensor | None, form: torch.memory_format) -> Tensor:
+    """factor ⊙ x in the listed channels; all of x without a list."""
+    x = x.contiguous(memory_format=form)
+    if index is None:
+        return x
+    out = torch.empty((x.shape[0], len(index), *x.shape[2:]), memory_format=form)
+    arguments = map(_address, (index, factor))
+    _native.module("cpp").gather_channels(x.data_ptr(), _batch(x, form), *arguments, len(index), out.data_ptr())
+    return out
+
+
+def _scatter(
+    compact: Tensor,
+    index: Tensor,
+    factor: Tensor | None,
+    x: Tensor | None,
+    shape: Sequence[int],
+    form: torch.memory_format,
+) -> tuple[Tensor, Tensor | None]:
+    """factor ⊙ compact in the listed channels of `shape`, zeros elsewhere; and the sums of compact ⊙ x."""
+    out = torch.empty(tuple(shape), memory_format=form)
+    x = None if x is None else x.contiguous(memory_format=form)
+    dots = None if x is None else compact.new_empty(len(index))
+    arguments = (*map(_address, (index, factor)), len(index), *map(_address, (x, out, dots)))
+    _native.module("cpp").scatter_channels(compact.data_ptr(), _batch(out, form), *arguments)
+    return out, dots
+
+
+def _finish(
+    compact: Tensor,
+    outs: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    shape: Sequence[int],
+    form: torch.memory_format,
+    keep_raw: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The epilogue over all channels, and the compact tensor spread over them if it is to be kept."""
+    y = torch.empty(tuple(shape), memory_format=form)
+    spread = torch.empty_like(y) if keep_raw and outs is not None else None
+    residual = None if residual is None else residual.contiguous(memory_format=form)
+    cpp = _native.module("cpp")
+    args = cpp.Epilogue(*map(_address, (a, b, mask, residual)), *_CLAMPS.get(act, _CLAMPS["none"]))
+    cpp.epilogue(
+        compact.data_ptr(), _batch(y, form), _address(outs), compact.shape[1], args, y.data_ptr(), _address(spread)
+    )
+    if act not in _CLAMPS:
+        _activate_(y, act)
+    return y, (compact if spread is None else spread) if keep_raw else None

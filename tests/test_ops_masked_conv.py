@@ -1,0 +1,372 @@
+"""The masked convolution and its BatchNorm against float64, torch's own formulas and finite differences."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_accurate
+from torch import nn
+
+from hwprune import ops
+from hwprune.errors import BackendUnavailable, InvalidInput
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ACTIVATIONS = ["none", "relu", "relu6", "silu", "gelu"]
+SUM_SLACK = 1e-5  # of sums over pixels whose terms cancel, in another order than torch's
+property_test = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def convolution(dtype=torch.float64, groups=1, seed=0):
+    """x, weight and the epilogue's tensors of a small convolution; masks hold zeros, ones and what lies between."""
+    torch.manual_seed(seed)
+    options = {"dtype": dtype}
+    x, weight = torch.randn(2, 6, 5, 7, **options), torch.randn(8, 6 // groups, 3, 3, **options)
+    epilogue = {
+        "in_mask": torch.tensor([1, 0, 0.5, 1, 0, 0.25], **options),
+        "out_mask": torch.tensor([0, 1, 1, 0.5, 0, 1, 0.75, 1], **options),
+        "scale": torch.randn(8, **options),
+        "shift": torch.randn(8, **options),
+        "residual": torch.randn(2, 8, 3, 4, **options),
+    }
+    return x, weight, epilogue, {"stride": 2, "padding": 1, "groups": groups}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "gelu"])
+def test_masked_conv2d_is_its_formula(act, groups):
+    x, weight, given, geometry = convolution(groups=groups)
+    actual = ops.masked_conv2d(x, weight, **given, act=act, **geometry)
+    per_channel = {name: value.view(1, -1, 1, 1) for name, value in given.items() if name != "residual"}
+    y = F.conv2d(x * per_channel["in_mask"], weight, **geometry) * per_channel["scale"] + per_channel["shift"]
+    y = y * per_channel["out_mask"] + given["residual"]
+    torch.testing.assert_close(actual, y if act == "none" else getattr(F, act)(y))
+
+
+def test_masked_conv2d_of_zeros_and_ones_is_the_smaller_convolution():
+    x, weight, _, _ = convolution()
+    ins, outs = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 7])
+    in_mask, out_mask = torch.zeros(6).index_fill(0, ins, 1), torch.zeros(8).index_fill(0, outs, 1)
+    y = ops.masked_conv2d(x, weight, in_mask=in_mask, out_mask=out_mask, padding=(1, 0), dilation=(1, 2))
+    small = F.conv2d(x[:, ins], weight[outs][:, ins], padding=(1, 0), dilation=(1, 2))
+    torch.testing.assert_close(y[:, outs], small)
+    assert y[:, out_mask == 0].eq(0).all()
+
+
+def test_masked_channels_are_neither_read_nor_given_gradients():
+    x, weight, given, geometry = convolution()
+    x[:, given["in_mask"] == 0] = math.nan
+    given["shift"][given["out_mask"] == 0] = math.nan
+    leaves = [x, weight, *given.values()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = ops.masked_conv2d(x, weight, **given, act="relu", **geometry)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert y.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+    grad_x, _, grad_in_mask, grad_out_mask, *_ = grads
+    assert grad_x[:, given["in_mask"] == 0].eq(0).all()
+    assert grad_in_mask[given["in_mask"] == 0].eq(0).all() and grad_out_mask[given["out_mask"] == 0].eq(0).all()
+
+
+def test_masked_conv2d_gradients_agree_with_finite_differences():
+    x, weight, given, geometry = convolution()
+    for name in ("in_mask", "out_mask"):
+        given[name] = given[name].clamp_min(0.125)  # at 0 the operator skips, on purpose
+    given["residual"] = given["residual"][:1, :, :2, :2].clone()
+    leaves = [x[:1, :, :3, :3].clone(), weight, *given.values()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def operator(x, weight, *values):
+        return ops.masked_conv2d(x, weight, **dict(zip(given, values, strict=True)), act="silu", **geometry)
+
+    assert torch.autograd.gradcheck(operator, leaves, fast_mode=True)
+
+
+def test_columns_are_numbered_by_row_column_channel():
+    x, weight, _, _ = convolution()
+    kept = [(0, 0, 0), (0, 2, 4), (1, 1, 1), (2, 0, 5), (2, 2, 3)]
+    columns = torch.tensor([(row * 3 + column) * 6 + channel for row, column, channel in kept])
+    sparse = torch.zeros_like(weight)
+    for row, column, channel in kept:
+        sparse[:, channel, row, column] = weight[:, channel, row, column]
+    torch.testing.assert_close(ops.masked_conv2d(x, weight, columns=columns), F.conv2d(x, sparse))
+
+
+def test_empty_batches_and_single_channels_pass():
+    assert ops.masked_conv2d(torch.rand(0, 3, 4, 4), torch.rand(5, 3, 3, 3)).shape == (0, 5, 2, 2)
+    y = ops.masked_conv2d(torch.rand(1, 1, 1, 1), torch.rand(1, 1, 1, 1), out_mask=torch.zeros(1))
+    assert y.eq(0).all()
+
+
+@pytest.mark.parametrize("act", ["none", "relu"])
+def test_statistics_and_second_pass_are_batch_norm(act):
+    x, weight, given, geometry = convolution()
+    gamma, beta, mask, residual = (given[name] for name in ("scale", "shift", "out_mask", "residual"))
+    for leaf in (x, weight, gamma, beta, mask, residual):
+        leaf.requires_grad_()
+    stats = ops.masked_conv2d(x, weight, out_mask=mask, stats=True, **geometry)
+    actual, mean, var = ops.masked_bn_act(*stats, gamma, beta, mask=mask, residual=residual, act=act)
+
+    raw = F.conv2d(x, weight, **geometry)
+    normalised = F.batch_norm(raw, None, None, gamma, beta, training=True)
+    expected = mask.view(1, -1, 1, 1) * normalised + residual
+    expected = expected.relu() if act == "relu" else expected
+    torch.testing.assert_close(actual, expected)
+    active = mask != 0
+    torch.testing.assert_close(mean[active], raw.mean((0, 2, 3))[active])
+    torch.testing.assert_close(var[active], raw.var((0, 2, 3), correction=0)[active])
+    upstream = torch.randn_like(actual)
+    leaves = (x, weight, gamma, beta, residual)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, leaves, upstream, retain_graph=True),
+        torch.autograd.grad(expected, leaves, upstream, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    (grad_mask,) = torch.autograd.grad(actual, mask, upstream)
+    (grad_expected,) = torch.autograd.grad(expected, mask, upstream)
+    torch.testing.assert_close(grad_mask, torch.where(active, grad_expected, 0))
+
+
+def test_statistics_are_summed_in_float32():
+    x = torch.full((1, 1, 64, 64), 7.0, dtype=torch.bfloat16)
+    raw, sums, squares = ops.masked_conv2d(x, torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), stats=True)
+    assert raw.dtype == torch.bfloat16 and sums.item() == 7 * 4096 and squares.item() == 49 * 4096
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"groups": 2}, r"x \[2, 6, 5, 7\] and weight \[8, 6, 3, 3\] with groups=2 do not fit"),
+        ({"in_mask": torch.ones(5)}, r"in_mask has shape \[5\]; it must be \[6\]"),
+        ({"act": "tanh"}, "act='tanh' is unknown; there are none, relu, relu6, silu, gelu"),
+        ({"columns": torch.tensor([3, 2])}, "increase strictly within 0 to 53"),
+        ({"columns": torch.tensor([54])}, "increase strictly within 0 to 53"),
+        ({"columns": torch.tensor([1]), "in_mask": torch.ones(6)}, "columns replace an input mask"),
+        ({"stats": True, "act": "relu"}, "stats=True excludes"),
+        ({"weight": torch.rand(8, 6, 3, 3)}, "weight is torch.float32"),
+        ({"residual": torch.rand(2, 8, 3, 1)}, r"it must be torch.float64 \[2, 8, 3, 5\]"),
+        ({"dilation": 9}, r"would be \[2, 8, -13, -11\]"),
+    ],
+)
+def test_masked_conv2d_says_what_is_wrong(change, message):
+    x, weight, _, _ = convolution()
+    with pytest.raises(InvalidInput, match=message):
+        ops.masked_conv2d(**({"x": x, "weight": weight} | change))
+
+
+@st.composite
+def problems(draw):
+    """Tensors and options of a masked convolution, in float32; sizes small, odd, empty; masks of all kinds."""
+    torch.manual_seed(draw(st.integers(0, 999)))
+    depthwise, by_columns = draw(st.booleans()), draw(st.booleans())
+    cin, cout = draw(st.sampled_from([1, 2, 5, 16, 17])), draw(st.sampled_from([1, 3, 16, 19]))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3)]))
+    geometry = {
+        "stride": draw(st.sampled_from([1, 2, (2, 1)])),
+        "padding": draw(st.sampled_from([0, 1, (2, 0)])),
+        "dilation": draw(st.sampled_from([1, (2, 1)])),
+        "groups": cin if depthwise else 1,
+    }
+    cout = cin if depthwise else cout
+    batch, height, width = draw(st.sampled_from([0, 1, 3])), draw(st.integers(5, 9)), draw(st.integers(4, 70))
+    x = torch.randn(batch, cin, height, width)
+    layout = draw(st.sampled_from(["nchw", "nhwc", "sliced"]))
+    if layout == "nhwc":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.randn(batch, cin + 2, height, width + 1)[:, 1:-1, :, 1:]
+    tensors = {"x": x, "weight": torch.randn(cout, cin // geometry["groups"], *kernel)}
+
+    def mask(channels):
+        kind = draw(st.sampled_from(["absent", "zeros", "ones", "soft", "hard", "mixed"]))
+        soft, hard = torch.rand(channels) * 0.9 + 0.1, (torch.rand(channels) < 0.5).float()
+        kinds = {"zeros": 0 * soft, "ones": torch.ones(channels), "soft": soft, "hard": hard, "mixed": soft * hard}
+        return kinds.get(kind)
+
+    if by_columns and not depthwise:
+        count = cin * kernel[0] * kernel[1]
+        geometry["columns"] = torch.randperm(count)[: draw(st.integers(0, count))].sort().values
+    else:
+        tensors["in_mask"] = mask(cin)
+    tensors["out_mask"] = mask(cout)
+    y = F.conv2d(x, tensors["weight"], None, *list(geometry.values())[:4])
+    extras = {"scale": torch.randn(cout), "shift": torch.randn(cout), "residual": torch.randn_like(y)}
+    tensors |= {name: value for name, value in extras.items() if draw(st.booleans())}
+    given = {name: value for name, value in tensors.items() if value is not None}
+    return given, geometry | {"act": draw(st.sampled_from(ACTIVATIONS))}
+
+
+def results(operator, tensors, dtype, **options):
+    """What an operator returns and the gradients of all its tensors, by name."""
+    leaves = {name: value.to(dtype).clone().requires_grad_() for name, value in tensors.items()}
+    outputs = operator(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.linspace(1, 7, out.numel(), dtype=dtype).cos().view(out.shape) for out in outputs]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+    named = dict(zip([f"grad of {name}" for name in leaves], grads, strict=True))
+    return {str(i): out.detach() for i, out in enumerate(outputs)} | {k: v for k, v in named.items() if v is not None}
+
+
+def assert_backend_accurate(operator, tensors, backend, **options):
+    truth = results(operator, tensors, torch.float64, backend="reference", **options)
+    plain = results(operator, tensors, torch.float32, backend="reference", **options)
+    actual = results(operator, tensors, torch.float32, backend=backend, **options)
+    assert actual.keys() == truth.keys()
+    for name, value in actual.items():
+        assert value.shape == truth[name].shape, name
+        assert_as_accurate(value, plain[name], truth[name], slack=SUM_SLACK)
+
+
+@property_test
+@given(problem=problems())
+def test_cpp_is_as_accurate_as_plain_torch(problem):
+    tensors, options = problem
+    assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", **options)
+    with torch.no_grad():  # folds scale and shift into the weight
+        truth, plain, actual = (
+            ops.masked_conv2d(**{name: value.to(dtype) for name, value in tensors.items()}, **options, backend=backend)
+            for dtype, backend in (
+                (torch.float64, "reference"),
+                (torch.float32, "reference"),
+                (torch.float32, "cpp"),
+            )
+        )
+    assert_as_accurate(actual, plain, truth, slack=SUM_SLACK)
+
+
+@property_test
+@given(problem=problems())
+def test_cpp_statistics_and_second_pass_are_as_accurate_as_plain_torch(problem):
+    tensors, options = problem
+    kept = {name: value for name, value in tensors.items() if name in ("x", "weight", "in_mask", "out_mask")}
+    act = options.pop("act")
+    assert_backend_accurate(ops.masked_conv2d, kept, "cpp", stats=True, **options)
+    x = ops.masked_conv2d(**kept, **options, backend="reference")
+    if x.numel() == 0:
+        return
+    wide = x.double()
+    second = {
+        "x": x,
+        "sums": wide.sum((0, 2, 3)).float(),
+        "squares": (wide.square().sum((0, 2, 3)) + x[:, 0].numel()).float(),  # no variance near 0, where all is noise
+        "weight": torch.randn(x.shape[1]),
+        "bias": torch.randn(x.shape[1]),
+    }
+    second |= {"mask": kept["out_mask"]} if "out_mask" in kept else {}
+    second |= {"residual": tensors["residual"]} if "residual" in tensors else {}
+    assert_backend_accurate(ops.masked_bn_act, second, "cpp", act=act)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_threads_share_the_work_without_a_trace(threads, form):
+    """Large enough that every native loop starts threads."""
+    x, weight = torch.randn(7, 40, 37, 31).contiguous(memory_format=form), torch.randn(48, 40, 3, 3)
+    masks = {"in_mask": (torch.rand(40) < 0.5) * torch.rand(40), "out_mask": (torch.rand(48) < 0.5) * torch.rand(48)}
+    torch.set_num_threads(threads)
+    for extra in ({"act": "relu", **masks}, {"columns": torch.randperm(360)[:90].sort().values}):
+        tensors = {"x": x, "weight": weight, "scale": torch.randn(48), "shift": torch.randn(48)}
+        tensors |= {name: value for name, value in extra.items() if name.endswith("mask")}
+        options = {name: value for name, value in extra.items() if not name.endswith("mask")}
+        assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", padding=1, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_masked_channels_are_not_read_by_any_backend(backend):
+    x, weight, given, geometry = convolution(torch.float32)
+    x[:, given["in_mask"] == 0] = math.nan
+    weight[given["out_mask"] == 0] = math.nan
+    for name in ("scale", "shift"):
+        given[name][given["out_mask"] == 0] = math.nan
+    actual = results(
+        ops.masked_conv2d, {"x": x, "weight": weight, **given}, torch.float32, act="silu", backend=backend, **geometry
+    )
+    assert all(value.isfinite().all() for value in actual.values())
+    assert actual["grad of weight"][given["out_mask"] == 0].eq(0).all()
+    assert actual["grad of scale"][given["out_mask"] == 0].eq(0).all()
+
+
+def test_results_keep_the_memory_format_of_the_input():
+    x, weight, given, geometry = convolution(torch.float32)
+    for form in (torch.contiguous_format, torch.channels_last):
+        for backend in ("auto", "reference", "cpp"):
+            y = ops.masked_conv2d(x.contiguous(memory_format=form), weight, **given, **geometry, backend=backend)
+            assert y.is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_operators_obey_the_rules_of_torch_library(backend):
+    x, weight, given, _ = convolution(torch.float32)
+    tensors = [tensor.requires_grad_() for tensor in (x, weight, *given.values())]
+    how = [[2, 2], [1, 1], [1, 1], 1]
+    operators = torch.ops.hwprune
+    torch.library.opcheck(operators.masked_conv2d, (*tensors, None, "relu", *how, True, False, backend))
+    x, weight, in_mask, out_mask, *_ = tensors
+    torch.library.opcheck(operators.masked_conv2d_stats, (x, weight, in_mask, out_mask, None, *how, False, backend))
+    columns = torch.arange(0, 54, 5)
+    torch.library.opcheck(
+        operators.masked_conv2d, (x, weight, None, None, None, None, None, columns, "none", *how, False, False, backend)
+    )
+    y = torch.randn(2, 8, 3, 4, requires_grad=True)
+    statistics = y.detach().sum((0, 2, 3)).requires_grad_(), y.detach().square().sum((0, 2, 3)).requires_grad_()
+    _, _, scale, shift, residual = tensors[2:]
+    arguments = y, *statistics, scale, shift, out_mask, residual, "relu", 1e-5, backend
+    torch.library.opcheck(operators.masked_bn_act, arguments)
+
+
+class Network(nn.Module):
+    """Masked, column-pruned, plain and normalised convolutions, as a search strings them together."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+        self.first, self.second, self.third = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1, bias=False),
+            nn.Conv2d(8, 4, 1),
+        )
+        self.norm = nn.BatchNorm2d(8)
+        self.register_buffer("columns", torch.arange(0, 72, 3))
+
+    def forward(self, x, mask):
+        how = {"backend": self.backend}
+        x = ops.masked_conv2d(x, self.first.weight, out_mask=mask, shift=self.first.bias, act="relu", padding=1, **how)
+        stats = ops.masked_conv2d(x, self.second.weight, in_mask=mask, out_mask=mask, padding=1, stats=True, **how)
+        x, _, _ = ops.masked_bn_act(*stats, self.norm.weight, self.norm.bias, mask=mask, residual=x, act="silu", **how)
+        x = ops.masked_conv2d(x, self.second.weight, columns=self.columns, padding=1, **how)
+        return ops.masked_conv2d(x, self.third.weight, shift=self.third.bias, act="gelu", **how)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
+def test_a_network_compiles_into_one_graph(backend):
+    network = Network(backend)
+    x, mask = torch.randn(2, 3, 6, 5), torch.tensor([1, 0, 0.5, 1, 0, 0, 1, 0.25], requires_grad=True)
+    leaves = [mask, *network.parameters()]
+    expected = network(x, mask)
+    expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    actual = compiled(x, mask)
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(torch.autograd.grad(actual.square().sum(), leaves), expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_backends_say_what_they_do_not_take(monkeypatch):
+    x, weight, _, _ = convolution()
+    with pytest.raises(BackendUnavailable, match="cpp cannot run masked_conv2d: it takes float32 on cpu"):
+        ops.masked_conv2d(x, weight, backend="cpp")
+    with pytest.raises(BackendUnavailable, match="one channel in and out per group"):
+        ops.masked_conv2d(x.float(), torch.rand(8, 3, 1, 1), groups=2, backend="cpp")
+    with pytest.raises(BackendUnavailable, match="backend=cuda cannot run masked_conv2d: it runs on cuda"):
+        ops.masked_conv2d(x, weight, backend="cuda")
+    monkeypatch.setenv("HWPRUNE_BACKEND", "cpp")
+    with pytest.raises(BackendUnavailable, match="HWPRUNE_BACKEND=cpp cannot run masked_bn_act"):
+        ops.masked_bn_act(x, *torch.rand(4, 6).double())
+    ops.masked_conv2d(x, weight, backend="reference")  # an argument outranks it
