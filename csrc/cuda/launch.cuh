@@ -1,0 +1,24 @@
+// Launches with the errors that they return.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#define HWPRUNE_TRY(call) \
+  if (const cudaError_t error = (call); error != cudaSuccess) return error
+
+namespace hwprune {
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (shared > 48 * 1024)  // more than every kernel may have unasked
+    HWPRUNE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace hwprune

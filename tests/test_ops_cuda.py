@@ -1,0 +1,33 @@
+"""masked_conv2d's CUDA kernels on a device, against float64."""
+
+import pytest
+import torch
+from conv_backend_law import BATCH_NORMS, CASES, LARGE, check_batch_norm, check_convolution, check_statistics
+
+from hwprune import ops
+from hwprune.ops import _cuda_conv
+
+CAUSE = ops.backends()["cuda"]
+pytestmark = [pytest.mark.skipif(CAUSE is not None, reason=str(CAUSE)), pytest.mark.usefixtures("poisoned")]
+
+
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_convolution_is_as_accurate_as_plain_torch(case):
+    check_convolution(_cuda_conv, case, "cuda")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_statistics_come_with_the_convolution(case):
+    check_statistics(_cuda_conv, case, "cuda")
+
+
+@pytest.mark.parametrize("case", BATCH_NORMS, ids=lambda case: "-".join(map(str, case)))
+def test_batch_norm_is_as_accurate_as_plain_torch(case):
+    check_batch_norm(_cuda_conv, *case, device="cuda")
+
+
+def test_refusals_name_what_is_taken():
+    x, weight = torch.zeros(1, 2, 3, 3, device="cuda"), torch.zeros(2, 2, 1, 1, device="cuda")
+    assert _cuda_conv.refusal(x, weight, 1, None) is None
+    assert "not torch.float64" in _cuda_conv.refusal(x.double(), weight.double(), 1, None)
+    assert "not on cpu" in _cuda_conv.refusal(x.cpu(), weight, 1, None)
