@@ -180,6 +180,36 @@ def _finish(
 
 
 @triton.jit
+def _finish_channels(
+    acc,
+    n,  # [BN] places in the order of a group's channels
+    order,
+    group,
+    n_channels,
+    n_active,
+    y,
+    raw,
+    residual,
+    factor,
+    scale,
+    shift,
+    mask,
+    partials,
+    tile,
+    row,
+    row_ok,
+    ACT: tl.constexpr,
+):
+    """_finish, for the channels that stand at places n."""
+    n_ok = n < n_channels
+    channel = n
+    if order is not None:
+        channel = tl.load(order + group * n_channels + n, mask=n_ok, other=0)
+    _finish(acc, y, raw, residual, factor, scale, shift, mask, partials, tile, row, group * n_channels + channel,
+            row_ok, n_ok, n < n_active, tl.num_programs(1) * n_channels, ACT)  # fmt: skip
+
+
+@triton.jit
 def _first_tap(at, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, STEP: tl.constexpr):
     """The first kernel position that meets an output when the input stands at `at` (padding counted); KERNEL: none."""
     first = KERNEL
@@ -234,6 +264,7 @@ def conv_kernel(
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,  # the epilogue is run on one half of the channels, then on the other: fewer registers
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -370,10 +401,16 @@ def conv_kernel(
             acc = _dot(a_tile, b_tile, acc, PRECISION)
 
     tile = (tl.program_id(2) * (tl.num_programs(0) // tiles_n) + tile_m).to(tl.int64)
-    y_channel = group * n_channels + channel
-    channels = groups * n_channels
-    _finish(acc, y, raw, residual, factor, scale, shift, mask, partials, tile, row, y_channel, row_ok, n_ok,
-            n < n_active, channels, ACT)  # fmt: skip
+    if SPLIT:
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
+        n = tile_n * BN + tl.arange(0, BN // 2)
+        _finish_channels(left, n, order, group, n_channels, n_active, y, raw, residual, factor, scale, shift, mask,
+                         partials, tile, row, row_ok, ACT)  # fmt: skip
+        _finish_channels(right, n + BN // 2, order, group, n_channels, n_active, y, raw, residual, factor, scale,
+                         shift, mask, partials, tile, row, row_ok, ACT)  # fmt: skip
+    else:
+        _finish_channels(acc, n, order, group, n_channels, n_active, y, raw, residual, factor, scale, shift, mask,
+                         partials, tile, row, row_ok, ACT)  # fmt: skip
 
 
 @triton.jit
@@ -899,7 +936,15 @@ _CONFIGS = {
         Config(128, 64, 64, 4, 4),
         Config(64, 64, 64, 4, 4),
         Config(64, 128, 64, 4, 4),
-        Config(128, 256, 64, 16, 3),
+        Config(128, 256, 64, 8, 3),
+        Config(128, 32, 64, 4, 4),
+    ),
+    "weight half": (  # a deeper tile of 128 rows, which is turned around, spills on sm_80
+        Config(128, 128, 32, 8, 4),
+        Config(64, 128, 64, 4, 4),
+        Config(128, 64, 32, 4, 4),
+        Config(64, 64, 64, 4, 4),
+        Config(128, 256, 32, 8, 4),
         Config(128, 32, 64, 4, 4),
     ),
     "tf32": (
@@ -918,7 +963,7 @@ _CONFIGS = {
         Config(128, 32, 32, 8, 2),
     ),
 }
-_INTERPRETER_CONFIG = Config(32, 16, 16, 1, 1)
+_INTERPRETER_CONFIG = Config(32, 32, 16, 1, 1)
 _CHOSEN: dict[tuple[object, ...], Config] = {}  # by shape class; measured once per process
 
 
@@ -942,22 +987,21 @@ def _time_ms(config: Config, launch: Callable[[Config], Any]) -> float:
         return float("inf")
 
 
-def _configs(
-    dtype: torch.dtype, precision: str, cols: int, depth: int, *, gather: bool = False, scattered: bool = False
-) -> list[Config]:
+def _configs(kind: str, cols: int, depth: int, scattered: bool = False) -> list[Config]:
     """The configurations worth trying, with tiles cut to the problem."""
     if INTERPRETED:
         return [_INTERPRETER_CONFIG]
-    kind = "half" if dtype != torch.float32 else precision
-    if gather and kind != "ieee":
-        kind = "gather"
     cols, depth = (max(16, triton.next_power_of_2(size)) for size in (cols, depth))
     fitting = [config for config in _CONFIGS[kind] if config.cols <= max(cols, 32)]
+    if scattered:
+        fitting = [config for config in fitting if config.rows * config.cols <= 2048 * config.warps]
     cut = [config._replace(cols=min(config.cols, cols), depth=min(config.depth, depth)) for config in fitting]
-    if scattered:  # an address for every element, of two registers: at most 32 to a thread
-        cut = [config._replace(warps=max(config.warps, config.rows * config.cols // 1024)) for config in cut]
-        cut = [config for config in cut if config.warps <= 16]
     return list(dict.fromkeys(cut))
+
+
+def _is_split(config: Config, scattered: bool) -> bool:
+    """Whether the epilogue takes two turns. An address for every element takes registers, and so does a large tile."""
+    return config.rows * config.cols >= (1024 if scattered else 4096) * config.warps
 
 
 def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
@@ -1170,7 +1214,8 @@ def _convolve(
             columns, partials, *sizes, n_channels // _align(n_channels), k_stored // _align(k_stored), count, **fixed,
             STEP_H=steps[0], STEP_W=steps[1], K_MAJOR=k_major, GATHER=gather, BOUNDED=bounded,
             EVEN_K=k_mask is None and k_stored % config.depth == 0, N_ALIGN=_align(n_channels),
-            K_ALIGN=_align(k_stored), PRECISION=precision, BM=config.rows, BN=config.cols, BK=config.depth,
+            K_ALIGN=_align(k_stored), PRECISION=precision, SPLIT=_is_split(config, n_mask is not None),
+            BM=config.rows, BN=config.cols, BK=config.depth,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return partials
@@ -1179,7 +1224,8 @@ def _convolve(
     shape_class = (rows.bit_length(), n_channels, k_channels, groups, count if gather else None, *taps.values())
     key = ("conv", a.device, a.dtype, precision, transposed, shape_class, act, sums, *(t is None for t in optional))
     depth = count if gather else k_stored
-    configs = _configs(a.dtype, precision, n_channels, depth, gather=gather, scattered=n_mask is not None)
+    kind = "half" if a.dtype != torch.float32 else precision
+    configs = _configs("gather" if gather and kind != "ieee" else kind, n_channels, depth, n_mask is not None)
     partials = _tuned(key, configs, launch)
     return None if partials is None else partials.sum(0)
 
@@ -1329,7 +1375,9 @@ def backward_weight(
 
             shape_class = (rows.bit_length(), out, per_group, groups, count if gather else None, *taps.values())
             masked = out_mask is None, in_mask is None
-            configs = _configs(x.dtype, precision, count if gather else c_stored, rows, gather=gather)
+            kind = "weight half" if x.dtype != torch.float32 else precision
+            kind = "gather" if gather and kind != "ieee" else kind
+            configs = _configs(kind, count if gather else c_stored, rows)
             rows_cut = max(16, triton.next_power_of_2(out))
             configs = list(dict.fromkeys(config._replace(rows=min(config.rows, rows_cut)) for config in configs))
             partials = _tuned(("weight", x.device, x.dtype, precision, shape_class, masked), configs, launch)
@@ -1549,6 +1597,7 @@ def static_cases() -> list[dict[str, Any]]:
         name: str, config: Config, absent: tuple[str, ...], changes: dict[str, Any], dtype: torch.dtype = bf16
     ) -> dict[str, Any]:
         constants = three | conv | changes | {"BM": config.rows, "BN": config.cols, "BK": config.depth}
+        constants["SPLIT"] = _is_split(config, "order" not in absent)
         name = f"conv {name} {config.rows}x{config.cols}x{config.depth}"
         return _static_case(
             name, conv_kernel, dtype, absent, constants, warps=config.warps, stages=config.stages,
@@ -1571,12 +1620,10 @@ def static_cases() -> list[dict[str, Any]]:
             tensor_cores=constants["PRECISION"] != "ieee", vectors=vectors,
         )  # fmt: skip
 
-    half, gather = _configs(bf16, "tf32", 256, 256), _configs(bf16, "tf32", 256, 256, gather=True)
-    tf32, ieee = _configs(fp32, "tf32", 256, 256), _configs(fp32, "ieee", 256, 256)
-    scattered = _configs(bf16, "tf32", 256, 256, scattered=True)
-    scattered_tf32 = _configs(fp32, "tf32", 256, 256, scattered=True)
-    scattered_ieee = _configs(fp32, "ieee", 256, 256, scattered=True)
-    scattered_gather = _configs(bf16, "tf32", 256, 256, gather=True, scattered=True)
+    half, weight_half, gather, tf32, ieee = (
+        _CONFIGS[kind] for kind in ("half", "weight half", "gather", "tf32", "ieee")
+    )
+    scattered = _configs("half", 256, 256, True)
     pointwise = one | {"BOUNDED": False}
     unpacked = ("o_order", "c_order", "o_counts", "c_counts")
     precise = {"PRECISION": "ieee"}
@@ -1588,7 +1635,7 @@ def static_cases() -> list[dict[str, Any]]:
     cases += [convolution("3x3 tf32", config, dense_absent, {}, fp32) for config in tf32]
     cases += [convolution("3x3 ieee", config, dense_absent, precise, fp32) for config in ieee]
     cases += [convolution("columns", config, columns_absent, {"GATHER": True}) for config in gather]
-    cases += [weight_grad("3x3", config, (*unpacked, "columns"), {}) for config in half]
+    cases += [weight_grad("3x3", config, (*unpacked, "columns"), {}) for config in weight_half]
     strided = two | transposed | {"K_MAJOR": False, "STEP_H": 2, "STEP_W": 2}
     cases += [
         convolution("3x3", half[0], dense_absent, {}, fp16),
@@ -1596,19 +1643,19 @@ def static_cases() -> list[dict[str, Any]]:
         convolution("3x3 int64", half[0], dense_absent, {"WIDE": True}),
         convolution("3x3 gelu, raw kept", half[0], dense_absent[1:], {"ACT": "gelu"}),
         convolution("3x3 stats", half[0], (*stats_absent, "mask", "order", "n_counts", "k_counts"), {"ACT": "none"}),
-        convolution("3x3 masked stats", scattered[0], stats_absent, masked | {"ACT": "none"}),
-        convolution("3x3 masked, raw kept", scattered[0], masked_absent[1:], masked),
-        convolution("3x3 masked tf32", scattered_tf32[0], masked_absent, masked, fp32),
-        convolution("3x3 masked ieee", scattered_ieee[0], masked_absent, masked | precise, fp32),
-        convolution("3x3 masked input grad tf32", scattered_tf32[0], masked_grad_absent, masked | transposed, fp32),
+        convolution("3x3 masked stats", half[0], stats_absent, masked | {"ACT": "none"}),
+        convolution("3x3 masked, raw kept", half[0], masked_absent[1:], masked),
+        convolution("3x3 masked tf32", tf32[0], masked_absent, masked, fp32),
+        convolution("3x3 masked ieee", ieee[0], masked_absent, masked | precise, fp32),
+        convolution("3x3 masked input grad tf32", tf32[0], masked_grad_absent, masked | transposed, fp32),
         convolution("3x3 input grad", half[0], grad_absent, transposed | {"K_MAJOR": False}),
         convolution("3x3 input grad stride 2", half[0], grad_absent, strided),
         convolution("3x3 input grad tf32", tf32[0], grad_absent, transposed, fp32),
         convolution("1x1", half[0], dense_absent, pointwise),
-        convolution("1x1 masked", scattered[0], masked_absent, pointwise | masked),
-        convolution("columns masked", scattered_gather[0], columns_masked_absent, {"GATHER": True}),
-        weight_grad("1x1", half[0], (*unpacked, "columns"), one),
-        weight_grad("3x3 masked", half[0], ("columns",), {}),
+        convolution("1x1 masked", half[0], masked_absent, pointwise | masked),
+        convolution("columns masked", gather[0], columns_masked_absent, {"GATHER": True}),
+        weight_grad("1x1", weight_half[0], (*unpacked, "columns"), one),
+        weight_grad("3x3 masked", weight_half[0], ("columns",), {}),
         weight_grad("columns", gather[0], unpacked, {"GATHER": True}),
         weight_grad("3x3 ieee", ieee[0], (*unpacked, "columns"), precise, fp32),
         # The tensor cores want tf32 with the pixels side by side, so the copies are of 4 bytes.

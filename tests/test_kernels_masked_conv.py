@@ -308,6 +308,15 @@ def test_layouts_do_not_matter():
         assert torch.equal(forward(case, *changed)[0], dense)
 
 
+@pytest.mark.parametrize("name", ["plain-wide", "masked", "columns"])
+def test_tf32_is_as_accurate_as_its_factors(name):
+    case = CASES[name]
+    tensors = inputs(case)
+    y, _ = kernels.forward(*tensors[:7], case.act, case.geometry, tensors[7], False, True)
+    truth, plain = (expected(case, dtype, tensors)[1].detach() for dtype in (torch.float64, torch.float32))
+    assert_as_accurate(y, plain, truth, slack=2.0**-10)
+
+
 def test_empty_batch_has_no_gradient():
     case = CASES["empty-batch"]
     x, weight, in_mask, out_mask, *_ = inputs(case)
