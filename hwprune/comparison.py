@@ -2,7 +2,8 @@
 
 Every run is one call of :func:`hwprune.pipeline.prune` in its own folder, so that a comparison killed at any moment
 continues where it was, and several processes may work on one comparison: a run that another one holds is passed over.
-What is finished is gathered in ``compare.json`` (a ``context`` and ``rows``) and drawn in ``compare.svg``.
+What is finished is gathered in ``compare.json`` (a ``context`` and ``rows``), tabulated in ``compare.md`` and drawn in
+``compare.svg``.
 """
 
 import json
@@ -91,7 +92,8 @@ def compare(
     target: Target | None = None,
     name: str = "model",
     provenance: Mapping[str, Any] | None = None,
-    table: Path | None = None,
+    latency_table: Path | None = None,
+    profile_seconds: float | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -132,7 +134,8 @@ def compare(
                     epochs=epochs.fine_tune,
                     search_epochs=epochs.search,
                     out=folder,
-                    table=table or out / "table.jsonl",
+                    table=latency_table or out / "table.jsonl",
+                    profile_seconds=profile_seconds,
                     resume=True,
                     seed=seed,
                     name=name,
@@ -149,10 +152,11 @@ def compare(
 
 
 def gather(out: Path, target: Target, provenance: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Write ``compare.json`` and ``compare.svg`` from the finished runs in a folder; returns the rows."""
+    """Write ``compare.json``, ``.md`` and ``.svg`` from the finished runs in a folder; returns the rows."""
     rows = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
     context = {**fingerprint(target), **artifact.versions(), **(provenance or {})}
     artifact.write_file(out / "compare.json", json.dumps({"context": context, "rows": rows}, indent=1).encode())
+    artifact.write_file(out / "compare.md", table(summary(rows)).encode())
     if rows:
         draw(rows, out / "compare.svg")
     return rows
@@ -184,6 +188,30 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )
     return sorted(lines, key=lambda line: (-_amount(line["budget"]), -line["accuracy"]))
+
+
+COLUMNS = ("budget", "method", "right after the cut", "accuracy", "measured", "of dense", "met", "wall time")
+
+
+def cells(line: Row) -> tuple[str, ...]:
+    """What is shown of a line of :func:`summary`, in the order of ``COLUMNS``."""
+    spread = "" if line["accuracy_std"] is None else f" ± {100 * line['accuracy_std']:.2f}"
+    return (
+        line["budget"],
+        line["method"],
+        "" if line["cut_accuracy"] is None else f"{line['cut_accuracy']:.2%}",
+        f"{100 * line['accuracy']:.2f}{spread} %",
+        f"{line['measured_ms']:.4g} ms",
+        f"{line['share_of_dense']:.1%}",
+        f"{line['met']}/{line['seeds']}",
+        f"{line['wall_s']:.0f} s",
+    )
+
+
+def table(lines: Sequence[Row]) -> str:
+    """The lines of :func:`summary` in Markdown."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *map(cells, lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

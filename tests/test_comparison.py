@@ -33,6 +33,7 @@ def run(out, methods="uniform,dsa", seeds=(0,), **changes):
         recipe=Recipe(batch_size=64, lr=0.05),
         out=out,
         name="resnet8",
+        profile_seconds=1,
         progress=False,
         say=lambda line: None,
         **changes,
@@ -104,7 +105,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
         (["--methods", "uniform", "--budgets", "1%flops"], "below the floor"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            main(["compare", "resnet8", "--data", "digits", "--out", str(tmp_path), "--batch", "8", *arguments])
+            main(["compare", "resnet8", "--data", "digits", "--out", str(tmp_path), "--profile-seconds", "1", *arguments])
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and cause in error and "Traceback" not in error
 
