@@ -26,7 +26,8 @@ from hwprune.latency.turns import alone
 Floats = NDArray[np.float64]
 Runnable = Callable[..., Any]
 
-QUIET_DRIFT = 0.05  # a block counts as quiet while the reference is within this of its quiet level
+QUIET_DRIFT = 0.05  # a block counts as quiet while the reference is within this of its usual level
+USUAL_BLOCKS = 60  # the reference's last ones, whose median is its usual level
 BLOCK_MS = 12.0  # long against the clock and the caches' refill, short against a slow spell
 
 
@@ -87,6 +88,11 @@ class Reference:
         """The 20 % quantile of the blocks seen."""
         return float(np.quantile(self.history_ms, 0.2))
 
+    @property
+    def usual_ms(self) -> float:
+        """The median of the last blocks seen."""
+        return float(np.median(self.history_ms[-USUAL_BLOCKS:]))
+
     def block_ms(self, target: Target) -> float:
         """Run it a few times; the first run refills the caches and is not counted."""
         block = time_runs(self.run, self.inputs, target, block_count(self.history_ms), warmup=1)
@@ -112,7 +118,9 @@ def measure(
     """Time `run(*inputs)` on `target`.
 
     Blocks of runs alternate with `reference` until `seconds` have passed and `min_blocks` of them were quiet; after
-    three times that the quietest ones are taken as they are. Without a reference every block counts.
+    three times that the quietest ones are taken as they are. Without a reference every block counts. Quiet is what is
+    near the reference's usual level of these seconds: choosing by nearness to its quiet level would choose the blocks
+    in which the reference was lucky, and divide by too little.
     """
     blocks: list[Floats] = []
     drifts: list[float] = []
@@ -122,24 +130,23 @@ def measure(
         begin = time.monotonic()
         while True:
             drift = reference.block_ms(target) / reference.quiet_ms if reference else 1.0
+            usual = reference.usual_ms / reference.quiet_ms if reference else 1.0
             block = time_runs(run, inputs, target, block_count(known, BLOCK_MS, 10), warmup=1)
             known.append(float(np.median(block)))
             blocks.append(block)
             drifts.append(drift)
             spent = time.monotonic() - begin
-            quiet = sum(abs(d - 1) <= QUIET_DRIFT for d in drifts)
+            quiet = sum(abs(d / usual - 1) <= QUIET_DRIFT for d in drifts)
             if (spent >= seconds and quiet >= min_blocks) or (spent >= 3 * seconds and len(blocks) >= min_blocks):
                 break
-    keep = np.argsort(np.abs(np.array(drifts) - 1), kind="stable")[: max(quiet, min_blocks)]
+    keep = np.argsort(np.abs(np.array(drifts) / usual - 1), kind="stable")[: max(quiet, min_blocks)]
     times = np.concatenate([blocks[i] / drifts[i] for i in keep])
     p20, median, p80 = np.quantile(times, [0.2, 0.5, 0.8])
     drift = float(np.median([drifts[i] for i in keep]))
     return Sample(float(median), float(p20), float(p80), len(times), usage.contention, drift)
 
 
-def time_runs(
-    run: Runnable, inputs: Sequence[torch.Tensor], target: Target, count: int, *, warmup: int = 0
-) -> Floats:
+def time_runs(run: Runnable, inputs: Sequence[torch.Tensor], target: Target, count: int, *, warmup: int = 0) -> Floats:
     """Milliseconds of consecutive forwards, those left out in which the CPU was taken away. [count or fewer]"""
     for _ in range(warmup):
         run(*inputs)
