@@ -8,9 +8,13 @@ The parameters themselves are not touched. A masked module keeps its parameters 
 them as ``parameter · mask``, through a property of a subclass made for it. So ``state_dict``, ``named_parameters``, the
 optimiser and checkpoints see the same tensors under the same keys, masked or not, and :func:`unmask_` has nothing to
 copy back.
+
+Where it is known how the sizes in the network follow, channels whose mask is exactly 0 can be *skipped*: every
+parameter that has them is then read without them, so that the network computes on smaller tensors from end to end, as
+it will once it is cut. No activation is gathered or scattered.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar, cast
 
@@ -55,16 +59,25 @@ class GroupsLike(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
+Sizes = Callable[[np.ndarray], Iterable[tuple[nn.Module, str, Any]]]
+
+
 class _Parts:
-    """The mask of the current step, cut into one vector per distinct channel layout; ``None``: nothing is masked."""
+    """The mask of the current step, cut into one vector per distinct channel layout; ``None``: nothing is masked.
+
+    kept: per layout the positions that are computed, ``None`` for all of them.
+    """
 
     def __init__(self) -> None:
         self.vectors: tuple[Tensor, ...] | None = None
+        self.kept: list[Tensor | None] | None = None
         self.straight_through = False
 
 
 _SITES = "_hwprune_sites"  # attribute of a masked module: {parameter name: [(dim, part), ...]}
 _PARTS = "_hwprune_parts"
+_CUTS = "_hwprune_cuts"  # like _SITES, for every dim along which a parameter or buffer has channels
+_HELD = "_hwprune_held"  # statistics of the kept channels, while a norm updates them
 _OUTPUT = ""  # the key in sites of a mask that acts on the module's output, for want of a parameter
 
 _subclasses: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
@@ -82,27 +95,42 @@ class Masked:
         total: number of channels over all groups, ΣC.
     """
 
-    def __init__(self, model: nn.Module, total: int, parts: _Parts, layouts: list[np.ndarray]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        offsets: np.ndarray,
+        parts: _Parts,
+        layouts: list[np.ndarray],
+        sizes: Sizes | None = None,
+    ) -> None:
         self.model = model
-        self.total = total
+        self.total = int(offsets[-1])
+        self._offsets = offsets
         self._parts = parts
+        self._layouts = layouts
+        self._follow = sizes
+        self._dense: list[tuple[nn.Module, str, Any]] = []  # sizes to be put back
         self._sizes = [len(layout) for layout in layouts]
         flat = np.concatenate(layouts) if layouts else np.empty(0, np.int64)
         self._index = torch.from_numpy(flat)  # [Σ sizes]; the value `total` points at a constant one
-        self._has_free = bool((flat == total).any())
+        self._has_free = bool((flat == self.total).any())
 
-    def set(self, mask: Tensor | None, *, straight_through: bool = False) -> None:
+    def set(self, mask: Tensor | None, *, straight_through: bool = False, skip: bool = False) -> None:
         """Mask the channels from the next forward on.
 
         Args:
             mask: flat ``[ΣC]``, real; gradients reach it. ``None``: every channel counts fully.
             straight_through: masked parameters get the gradient that they would have with a mask of ones, so that
                 those of a channel that is off still learn. What was computed before them does not.
+            skip: channels whose mask is exactly 0 are not computed; a group that has no other keeps its first. Results
+                and gradients are those of multiplied masks, but neither these channels' masks nor what makes them gets
+                any gradient, and their running statistics stay. Looks at the mask, hence waits for a device.
 
         Raises:
-            InvalidInput: the mask has another shape.
+            InvalidInput: the mask has another shape, or skip without the ``sizes`` of :func:`mask_`.
         """
         self._parts.straight_through = straight_through
+        self._restore()
         if mask is None:
             self._parts.vectors = None
             return
@@ -112,7 +140,34 @@ class Masked:
             self._index = self._index.to(mask.device)
         if self._has_free:
             mask = torch.cat([mask, mask.new_ones(1)])
-        self._parts.vectors = torch.split(mask.index_select(0, self._index), self._sizes)
+        index, sizes = self._skip(mask) if skip else (self._index, self._sizes)
+        self._parts.vectors = torch.split(mask.index_select(0, index), sizes)
+
+    def _skip(self, mask: Tensor) -> tuple[Tensor, list[int]]:
+        """Leave out the channels whose mask [ΣC] (and one) is 0; what is left of ``_index`` and ``_sizes``."""
+        if self._follow is None:
+            raise InvalidInput("channels cannot be skipped without knowing how sizes follow; give mask_ its sizes")
+        active = np.append(mask.detach()[: self.total].cpu().numpy() != 0, True)  # [ΣC + 1]
+        starts = self._offsets[:-1]
+        if len(starts):
+            active[starts[~np.logical_or.reduceat(active[:-1], starts)]] = True
+        if active.all():
+            return self._index, self._sizes
+        for module, name, value in self._follow(active[:-1]):
+            self._dense.append((module, name, getattr(module, name)))
+            setattr(module, name, value)
+        alive = [active[layout] for layout in self._layouts]
+        left = [layout[here] for layout, here in zip(self._layouts, alive, strict=True)]
+        device = mask.device
+        self._parts.kept = [None if here.all() else torch.from_numpy(np.flatnonzero(here)).to(device) for here in alive]
+        return torch.from_numpy(np.concatenate(left)).to(device), [len(layout) for layout in left]
+
+    def _restore(self) -> None:
+        """Compute every channel again."""
+        self._parts.kept = None
+        for module, name, value in self._dense:
+            setattr(module, name, value)
+        self._dense = []
 
     @torch.no_grad()
     def absorb_(self, mask: Tensor) -> None:
@@ -138,10 +193,11 @@ class Masked:
 
     def unmask_(self) -> nn.Module:
         """Take the masks out again; returns the network as it was, with its current weights."""
+        self._restore()
         return unmask_(self.model)
 
 
-def mask_(model: nn.Module, groups: GroupsLike) -> Masked:
+def mask_(model: nn.Module, groups: GroupsLike, sizes: Sizes | None = None) -> Masked:
     """Make ``model`` obey a flat channel mask, in place.
 
     The mask acts where a channel is *made*: on the weight and bias of the norm that follows (role ``norm``), on
@@ -151,6 +207,8 @@ def mask_(model: nn.Module, groups: GroupsLike) -> Masked:
     Args:
         model: any network; it must be the one that ``groups`` was traced from.
         groups: the coupled channels.
+        sizes: what the network's modules must hold in attributes to compute with the channels ``keep`` [ΣC] alone, as
+            (module, attribute, value); asked at every step that skips. None: nothing can be skipped.
 
     Returns:
         A handle whose :meth:`Masked.set` sets the mask. Until then nothing is masked.
@@ -165,35 +223,40 @@ def mask_(model: nn.Module, groups: GroupsLike) -> Masked:
     total = int(offsets[-1])
     owners = _owners(model)
 
-    channels: dict[tuple[int, str, int], np.ndarray] = {}  # (module, name, dim) -> flat channel of each position
+    masked: dict[tuple[int, str, int], np.ndarray] = {}  # (module, name, dim) -> flat channel of each position
+    cuttable: dict[tuple[int, str, int], np.ndarray] = {}  # the same, where channels may be left out
     modules: dict[int, nn.Module] = {}
     for group, offset in zip(groups, offsets[:-1], strict=True):
         for slot in group.slots:
-            if slot.role == "in" or (slot.role == "out" and slot.folded):
-                continue
             positions = np.asarray(slot.positions, np.int64)  # [width, r]
             flat = np.broadcast_to(offset + np.arange(len(positions))[:, None], positions.shape)
-            for module, name, size in _sites(model, owners, slot):
-                modules[id(module)] = module
-                key = (id(module), name, slot.dim)
-                channel = channels.setdefault(key, np.full(size, total))
-                channel[positions.ravel()] = flat.ravel()
+            if slot.role != "in" and not (slot.role == "out" and slot.folded):
+                for module, name, size in _sites(model, owners, slot):
+                    modules[id(module)] = module
+                    channel = masked.setdefault((id(module), name, slot.dim), np.full(size, total))
+                    channel[positions.ravel()] = flat.ravel()
+            if sizes is not None:
+                tensor = _tensor(model, slot.parameter)[1]
+                for module, name in owners[id(tensor)]:
+                    modules[id(module)] = module
+                    channel = cuttable.setdefault((id(module), name, slot.dim), np.full(tensor.shape[slot.dim], total))
+                    channel[positions.ravel()] = flat.ravel()
 
     parts = _Parts()
     numbers: dict[bytes, int] = {}
     layouts: list[np.ndarray] = []
-    sites: dict[int, dict[str, list[tuple[int, int]]]] = {}
-    for (module_id, name, dim), channel in channels.items():
-        number = numbers.setdefault(channel.tobytes(), len(layouts))
-        if number == len(layouts):
-            layouts.append(channel)
-        sites.setdefault(module_id, {}).setdefault(name, []).append((dim, number))
-    for module_id, of_module in sites.items():
-        module = modules[module_id]
-        module.__dict__[_SITES] = of_module
-        module.__dict__[_PARTS] = parts
-        module.__class__ = _masked_class(type(module), tuple(sorted(of_module)))
-    return Masked(model, total, parts, layouts)
+    uses: tuple[dict[int, dict[str, list[tuple[int, int]]]], ...] = {}, {}
+    for use, table in zip(uses, (masked, cuttable), strict=True):
+        for (module_id, name, dim), channel in table.items():
+            number = numbers.setdefault(channel.tobytes(), len(layouts))
+            if number == len(layouts):
+                layouts.append(channel)
+            use.setdefault(module_id, {}).setdefault(name, []).append((dim, number))
+    for module_id, module in modules.items():
+        sites, cuts = (use.get(module_id, {}) for use in uses)
+        module.__dict__[_SITES], module.__dict__[_CUTS], module.__dict__[_PARTS] = sites, cuts, parts
+        module.__class__ = _masked_class(type(module), tuple(sorted({*sites, *cuts})))
+    return Masked(model, offsets, parts, layouts, sizes)
 
 
 def unmask_(model: nn.Module) -> nn.Module:
@@ -204,7 +267,7 @@ def unmask_(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, _MaskedModule):
-            del module.__dict__[_SITES], module.__dict__[_PARTS]
+            del module.__dict__[_SITES], module.__dict__[_CUTS], module.__dict__[_PARTS]
             module.__class__ = type(module).__bases__[1]
     return model
 
@@ -238,18 +301,24 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _sites(
-    model: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]], slot: _Slot
-) -> Iterator[tuple[nn.Module, str, int]]:
-    """Where the mask of a slot acts: (module, parameter name or ``_OUTPUT``, number of positions)."""
-    path, _, name = slot.parameter.rpartition(".")
+def _tensor(model: nn.Module, parameter: str) -> tuple[nn.Module, Tensor]:
+    """A parameter or buffer by its name, and the module that holds it."""
+    path, _, name = parameter.rpartition(".")
     try:
         module = model.get_submodule(path)
         tensor = module._parameters[name] if name in module._parameters else module._buffers[name]
     except (AttributeError, KeyError):
         tensor = None
     if tensor is None:
-        raise InvalidInput(f"the network has no parameter {slot.parameter!r}; were the groups traced from another one?")
+        raise InvalidInput(f"the network has no parameter {parameter!r}; were the groups traced from another one?")
+    return module, tensor
+
+
+def _sites(
+    model: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]], slot: _Slot
+) -> Iterator[tuple[nn.Module, str, int]]:
+    """Where the mask of a slot acts: (module, parameter name or ``_OUTPUT``, number of positions)."""
+    module, tensor = _tensor(model, slot.parameter)
     size = tensor.shape[slot.dim]
     if slot.role != "norm" or isinstance(tensor, nn.Parameter):
         yield from ((owner, alias, size) for owner, alias in owners[id(tensor)])
@@ -268,7 +337,7 @@ def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     key = (base, names)
     if key not in _subclasses:
         members: dict[str, Any] = {name: _masked_parameter(name) for name in names if name != _OUTPUT}
-        if _OUTPUT in names:
+        if _OUTPUT in names or "running_mean" in names:
             members["forward"] = _masked_forward(base)
         members["__module__"] = __name__
         _subclasses[key] = cast(type[nn.Module], type(f"Masked{base.__name__}", (_MaskedModule, base), members))
@@ -277,12 +346,15 @@ def _masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
 
 def _masked_parameter(name: str) -> property:
     def read(module: nn.Module) -> Any:
+        held: dict[str, Tensor] = module.__dict__.get(_HELD, {})
+        if name in held:
+            return held[name]
         stored = module._parameters[name] if name in module._parameters else module._buffers[name]
         parts: _Parts = module.__dict__[_PARTS]
         if stored is None or parts.vectors is None:
             return stored
-        value: Tensor = stored
-        for dim, part in module.__dict__[_SITES][name]:
+        value = _without_skipped(module, name, stored)
+        for dim, part in module.__dict__[_SITES].get(name, ()):
             mask = parts.vectors[part].to(stored.dtype).view(-1, *(1,) * (stored.ndim - 1 - dim))
             if parts.straight_through:  # the difference is zero and has the gradient of a mask of one
                 value = value.detach() * mask + (value - value.detach())
@@ -293,11 +365,38 @@ def _masked_parameter(name: str) -> property:
     return property(read)
 
 
+def _without_skipped(module: nn.Module, name: str, value: Tensor) -> Tensor:
+    kept = module.__dict__[_PARTS].kept
+    if kept is None:
+        return value
+    for dim, part in module.__dict__[_CUTS].get(name, ()):
+        if kept[part] is not None:
+            value = value.index_select(dim, kept[part])
+    return value
+
+
 def _masked_forward(base: type[nn.Module]) -> Callable[..., Tensor]:
+    """The forward of a norm that has no parameters to mask, or statistics that must be written back."""
+
     def forward(module: nn.Module, x: Tensor) -> Tensor:
-        y = cast(Tensor, base.forward(module, x))  # [N, C, ...]
         parts: _Parts = module.__dict__[_PARTS]
-        if parts.vectors is None:
+        statistics = {name: module._buffers.get(name) for name in ("running_mean", "running_var")}
+        held = {
+            name: small
+            for name, stored in statistics.items()
+            if stored is not None and (small := _without_skipped(module, name, stored)) is not stored
+        }
+        if held:
+            module.__dict__[_HELD] = held
+        try:
+            y = cast(Tensor, base.forward(module, x))  # [N, C, ...]
+        finally:
+            module.__dict__.pop(_HELD, None)
+        if module.training:
+            for name, small in held.items():
+                ((_, part),) = module.__dict__[_CUTS][name]
+                module._buffers[name].index_copy_(0, cast(Any, parts.kept)[part], small)  # type: ignore[union-attr]
+        if parts.vectors is None or _OUTPUT not in module.__dict__[_SITES]:
             return y
         ((_, part),) = module.__dict__[_SITES][_OUTPUT]
         mask: Tensor = parts.vectors[part].to(y.dtype).view(-1, *(1,) * (y.ndim - 2))

@@ -31,6 +31,7 @@ from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, 
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
 from hwprune.nn import mask_, prune_columns_
+from hwprune.refit import refit_
 from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, create, method_class
 from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
 
@@ -281,6 +282,7 @@ class Pruning:
             seed,
             held_out=held_out,
             loss_fn=loss_fn,
+            program=self.program,
         ) as search:
             yield search
         self._keep_found(search, controller)
@@ -308,8 +310,6 @@ class Pruning:
                 self.keep = keep_top(self.program.groups, self.plan.widths, self.found.ranking.numpy())
                 self.run.finish("cut", {"keep": torch.from_numpy(self.keep)}, **_plan_to(self.plan))
         if refit and calibration is not None:
-            from hwprune.refit import refit_
-
             with self.run.phase("refit"):
                 refit_(self.model, self.program.groups, self.keep, calibration)
         self.pruned = cut(self.model, self.program, self.keep)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hwprune.errors import InvalidInput, UnsupportedModel
-from hwprune.graph import cut, keep_top, resize, trace
+from hwprune.graph import Follower, cut, keep_top, resize, trace
 from hwprune.models import load_model
 from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, prune_columns_, unmask_
 
@@ -154,6 +154,104 @@ def test_parameters_of_a_channel_that_is_off_learn_only_straight_through(straigh
     torch.testing.assert_close(dict(model.named_parameters())["0.bias"].grad, gradient * factor)
     unmask_(model)
     torch.testing.assert_close(mask.grad, (model[0](x) * gradient / 5).sum(0))
+
+
+def skipping(model, x):
+    """The program, and a handle on the model that can leave channels out."""
+    program = trace(model.eval(), (x,))
+    return program, mask_(model, program.groups, Follower(model, program))
+
+
+@pytest.mark.parametrize("build", [Residual, lambda: load_model("resnet8")], ids=["residual", "option_a"])
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_skipped_channels_leave_what_multiplied_masks_compute(build, straight_through):
+    """Two steps with different masks: outputs, and gradients of masks and parameters."""
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 8, 8)
+    skipped, multiplied = varied(build()), build()
+    multiplied.load_state_dict(skipped.state_dict())
+    program, leaves_out = skipping(skipped, x)
+    multiplies = mask_(multiplied, program.groups)
+    for _ in range(2):
+        mask = torch.rand(program.groups.total) * (torch.rand(program.groups.total) < 0.5)
+        mask[torch.from_numpy(program.groups.offsets[:-1])] = 0.5
+        found = []
+        for model, handle, options in ((skipped, leaves_out, {"skip": True}), (multiplied, multiplies, {})):
+            leaf = mask.clone().requires_grad_()
+            handle.set(leaf, straight_through=straight_through, **options)
+            model.train().zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+            found.append((y.detach(), leaf.grad, [parameter.grad for parameter in model.parameters()]))
+        (y, mask_grad, grads), (expected, expected_mask_grad, expected_grads) = found
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        on = mask > 0
+        scale = float(expected_mask_grad.abs().max())
+        torch.testing.assert_close(mask_grad[on], expected_mask_grad[on], rtol=1e-3, atol=1e-4 * scale)
+        assert mask_grad[~on].eq(0).all()
+        for ours, theirs in zip(grads, expected_grads, strict=True):
+            mine = ours != 0  # what a skipped channel would have learned, it does not
+            torch.testing.assert_close(ours[mine], theirs[mine], rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_statistics_of_kept_channels_are_written_back_and_others_stay():
+    model, twin = varied(Residual()), Residual()
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 6, 6)
+    program, masked = skipping(model, x)
+    group = next(i for i, group in enumerate(program.groups) if any(s.parameter == "norm.weight" for s in group.slots))
+    first = program.groups.offsets[group]
+    mask = torch.ones(program.groups.total)
+    mask[first : first + 12 : 2] = 0
+    before = model.norm._buffers["running_mean"].clone()
+    mask_(twin, program.groups).set(mask)
+    masked.set(mask, skip=True)
+    model.train()(x), twin.train()(x)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(model.norm._buffers[name][1::2], twin.norm._buffers[name][1::2])
+    assert torch.equal(model.norm._buffers["running_mean"][::2], before[::2])
+    assert model.norm.num_batches_tracked == 1
+
+
+def test_skipped_channels_are_really_not_computed():
+    model = load_model("resnet8")
+    x = torch.randn(2, 3, 8, 8)
+    program, masked = skipping(model, x)
+    shapes = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, y, name=name: shapes.update({name: y.shape}))
+    padding = model.layer2[0].padding
+    mask = torch.zeros(program.groups.total)
+    for first in program.groups.offsets[:-1]:
+        mask[first : first + 3] = 1
+    mask[program.groups.offsets[0] : program.groups.offsets[1]] = 0  # keeps its first, which counts nothing
+    masked.set(mask, skip=True)
+    model(x)
+    assert shapes["layer2.0.conv1"][1] == 3
+    masked.set(mask)
+    model(x)
+    assert shapes["layer2.0.conv1"][1] == 32 and model.layer2[0].padding == padding
+    masked.set(mask, skip=True)
+    masked.unmask_()
+    assert model.layer2[0].padding == padding and model(x).shape == (2, 10)
+
+
+class HardCoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 1), nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.conv(x)).view(-1, 64))
+
+
+def test_skipping_needs_a_forward_that_follows():
+    model, x = HardCoded(), torch.randn(2, 3, 4, 4)
+    program = trace(model.eval(), (x,))
+    with pytest.raises(UnsupportedModel, match=r"cannot leave channels out while it trains.*view"):
+        Follower(model, program)
+    with pytest.raises(InvalidInput, match="give mask_ its sizes"):
+        mask_(model, program.groups).set(torch.ones(program.groups.total), skip=True)
 
 
 def test_unmasking_leaves_no_trace():

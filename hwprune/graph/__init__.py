@@ -3,12 +3,13 @@
 from hwprune.graph.groups import Frozen, Group, Groups, Slot, keep_first, keep_top
 from hwprune.graph.resize import resize
 from hwprune.graph.segments import Axis, Segment, segments
-from hwprune.graph.surgery import Cut, cut
+from hwprune.graph.surgery import Cut, Follower, cut
 from hwprune.graph.trace import Program, trace
 
 __all__ = [
     "Axis",
     "Cut",
+    "Follower",
     "Frozen",
     "Group",
     "Groups",

@@ -3,6 +3,7 @@
 import copy
 import traceback
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from hwprune.errors import InvalidInput
+from hwprune.errors import InvalidInput, UnsupportedModel
+from hwprune.graph.groups import keep_top
 from hwprune.graph.labels import CONVS, MOVEMENT, RESHAPES, bound_arguments, operator_of, shape_of
 from hwprune.graph.resize import Resizer
 from hwprune.graph.trace import Program, get_tensor, inference_mode_of
@@ -145,10 +147,9 @@ def _follow_program(module: nn.Module, program: Program, resized: fx.GraphModule
             part.groups = next(figure.now for figure in found if figure.dense == part.groups)
             _follow_tensors(part)
             continue
-        for name, value in vars(part).items():
-            if isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
-                now = _follow(name, tuple(value) if isinstance(value, list) else value, found)
-                setattr(part, name, now if isinstance(value, int) else type(value)(now))
+        for name, value in list(_sizes(part)):
+            now = _follow(name, tuple(value) if isinstance(value, list) else value, found)
+            setattr(part, name, now if isinstance(value, int) else type(value)(now))
 
 
 def _follow(name: str, value: Any, figures: list[_Figure]) -> Any:
@@ -164,11 +165,16 @@ def _figures(dense: fx.Node, small: fx.Node) -> list[_Figure]:
     """The sizes that the two calls of one node were given."""
     if not isinstance(dense.target, torch._ops.OpOverload) or not isinstance(small.target, torch._ops.OpOverload):
         return []
-    name, before, after = operator_of(dense), bound_arguments(dense), bound_arguments(small)
-    if name in CONVS:
-        return [_Figure(before["groups"], after["groups"], inner=False)]
+    after = bound_arguments(small)
     if dense.target is not small.target:
         return _split_figures(dense, list(after["split_sizes"]))
+    return _argument_figures(operator_of(dense), bound_arguments(dense), after)
+
+
+def _argument_figures(name: str, before: dict[str, Any], after: dict[str, Any]) -> list[_Figure]:
+    """The sizes among the arguments of an operator called `name`."""
+    if name in CONVS:
+        return [_Figure(before["groups"], after["groups"], inner=False)]
     found = []
     for key, old in before.items():
         new = after[key]
@@ -193,6 +199,78 @@ def _split_figures(dense: fx.Node, parts: list[int]) -> list[_Figure]:
     assert isinstance(dense.args[0], fx.Node)
     whole = _Figure(shape_of(dense.args[0])[before["dim"]], sum(parts), inner=True)
     return [_Figure(before["split_size"], parts[0] if len(set(parts)) == 1 else parts, inner=True), whole]
+
+
+class Follower:
+    """The sizes that a module keeps in attributes, for any keep, without cutting it: cheap enough for every step.
+
+    Made for a module that is to compute with fewer channels for a while. Raises UnsupportedModel, with the reason, if
+    the module's own forward cannot follow, or if what remains would depend on how many channels are gone.
+    """
+
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        normalised = [group.name for group in program.groups if group.normalised]
+        if normalised or program.labels.pinned:
+            where = normalised or [node.name for node in program.labels.pinned]
+            raise UnsupportedModel(f"{', '.join(where)} would see that channels are missing; masks must be multiplied")
+        self._program = program
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.rand(program.groups.total, generator=generator)
+        probe = keep_top(program.groups, (program.groups.widths + 1) // 2, scores)
+        made = cut(model, program, probe)
+        if made.kind != "module":
+            raise UnsupportedModel(f"the network cannot leave channels out while it trains: {made.reason}")
+        nodes: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in program.module.graph.nodes:
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            movable = isinstance(node.target, torch._ops.OpOverload) and "index" not in operator_of(node)
+            if node.op == "call_function" and stack and movable:
+                nodes[stack[-1][0]].append(node)
+        resizer = Resizer(program, probe)
+        self._nodes = {
+            path: mine
+            for path, mine in nodes.items()
+            if any(figure.dense != figure.now for figure in _figures_of(mine, resizer))
+        }
+        parts = {path: model.get_submodule(path) for path in self._nodes}
+        self._dense = {path: (part, dict(_sizes(part))) for path, part in parts.items()}
+
+    def __call__(self, keep: Any) -> list[tuple[nn.Module, str, Any]]:
+        """What to set: (module, attribute, value) for the channels `keep` [ΣC]."""
+        resizer = Resizer(self._program, keep)
+        found: list[tuple[nn.Module, str, Any]] = []
+        for path, nodes in self._nodes.items():
+            figures = _figures_of(nodes, resizer)
+            part, dense = self._dense[path]
+            for name, value in dense.items():
+                if isinstance(part, nn.modules.conv._ConvNd):
+                    if name == "groups":
+                        now = next(figure.now for figure in figures if figure.dense == value)
+                        found.append((part, name, now))
+                    continue
+                now = _follow(name, tuple(value) if isinstance(value, list) else value, figures)
+                found.append((part, name, now if isinstance(value, int) else type(value)(now)))
+        return found
+
+
+def _sizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes that may hold sizes."""
+    for name, value in vars(module).items():
+        if isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
+            yield name, value
+
+
+def _figures_of(nodes: list[fx.Node], resizer: Resizer) -> list[_Figure]:
+    """The sizes that the calls would be given with the channels that `resizer` keeps."""
+    found = []
+    for node in nodes:
+        name, before = operator_of(node), bound_arguments(node)
+        changes = resizer.changes(node, name, before)
+        if "as_split" in changes:
+            found += _split_figures(node, changes["as_split"])
+        else:
+            found += _argument_figures(name, before, before | changes)
+    return found
 
 
 def _rescaling(program: Program, resizer: Resizer, resized: fx.GraphModule) -> list[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hwprune.allocator import Allocation, allocate
 from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
-from hwprune.graph import Groups
+from hwprune.graph import Follower, Groups, Program
 from hwprune.latency import CostModel
 from hwprune.nn import Masked, batch_statistics, mask_
 from hwprune.train import LossFn, Recipe, fit
@@ -145,6 +145,7 @@ class Method(ABC):
     Attributes:
         name: key in ``METHODS``. summary: one line for the help. source: the paper, or "reconstruction".
         straight_through: masked parameters get the gradient that they would have unmasked.
+        skips: channels whose mask is exactly 0 are not computed, which needs the program.
         fills_budget: the allocation may use the whole budget; otherwise ``widths`` are an upper limit of their own.
         searches: the search's steps train weights; otherwise it is over at once, and they are better spent afterwards.
         refits: before the cut, the consumers of the kept channels are refitted by least squares to make up for the
@@ -157,6 +158,7 @@ class Method(ABC):
     searches: ClassVar[bool] = True
     refits: ClassVar[bool] = False
     straight_through: bool = False
+    skips: bool = False
     fills_budget: bool = True
     context: Context
 
@@ -328,6 +330,7 @@ class Search:
         minimum: [G] least widths, at least one each. pinned: group index -> width that it must have.
         held_out: batches ``(inputs, targets)`` that the weights do not train on, for methods that use such; ``loss_fn``
             is their loss.
+        program: what ``groups`` come from, for methods that leave masked channels out of the computation.
         log_every: a row of ``history`` is recorded at multiples of this step.
     """
 
@@ -346,6 +349,7 @@ class Search:
         pinned: Mapping[int, int] | None = None,
         held_out: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
+        program: Program | None = None,
         log_every: int = 20,
     ) -> None:
         self.method = create(method, **(options or {})) if isinstance(method, str) else method
@@ -355,7 +359,12 @@ class Search:
         generator = torch.Generator(device)
         generator.manual_seed(seed)
         lowest, highest = bounds(groups, cost, minimum, pinned or {})
-        self._masked = mask_(model, groups)
+        if self.method.skips and program is None:
+            raise InvalidInput(
+                f"{self.method.name} was asked to skip channels; give Search the program that was traced"
+            )
+        follower = Follower(model, program) if self.method.skips and program is not None else None
+        self._masked = mask_(model, groups, follower)
         beside = None if held_out is None else HeldOut(self._masked, held_out, loss_fn)
         self.context = Context(
             model, self._masked, groups, cost, controller, steps, generator, device, lowest, highest, beside
@@ -368,7 +377,8 @@ class Search:
 
     def before_step(self, step: int) -> None:
         """Put the masks of this step in."""
-        self._masked.set(self.method.masks(step), straight_through=self.method.straight_through)
+        method = self.method
+        self._masked.set(method.masks(step), straight_through=method.straight_through, skip=method.skips)
 
     def after_backward(self, step: int) -> None:
         """Hand the gradients to the method."""
@@ -453,6 +463,7 @@ def search(
     minimum: NDArray[np.int64] | None = None,
     pinned: Mapping[int, int] | None = None,
     held_out: Iterable[Any] | None = None,
+    program: Program | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -461,7 +472,8 @@ def search(
 
     Args:
         budget: in the unit of ``cost``; it is approached linearly over the first half of the steps.
-        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length. held_out: see :class:`Search`.
+        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length. held_out, program: see
+            :class:`Search`.
         checkpoint, resume: a file that continues an interrupted search, weights and optimiser included.
 
     Raises:
@@ -482,6 +494,7 @@ def search(
         pinned=pinned,
         held_out=held_out,
         loss_fn=loss_fn,
+        program=program,
     ) as session:
         fit(
             model,
