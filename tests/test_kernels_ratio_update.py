@@ -1,84 +1,33 @@
 """The keep-ratio operators in every backend: C++, Triton (interpreted where there is no device) and CUDA."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_accurate
+from ratio_update_law import (
+    STEP_WIDTHS,
+    WIDTHS,
+    check_forward,
+    check_seed,
+    check_step,
+    model_of,
+    ragged,
+    step_arguments,
+)
 
 from hwprune import ops
 from hwprune.errors import InvalidInput
-from hwprune.latency.model import CostAxis, CostModel, CostTerm
 from hwprune.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-TOLERANCE = 2.0**-16  # of the solver, in units of the sigmoid's argument
 AVAILABLE = [name for name, cause in ops.backends().items() if cause is None and name != "reference"]
 DEVICE = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
-# Beyond 2048 channels the kernels leave their registers; groups begin at multiples of 4 or not.
-WIDTHS = [[1], [3, 5, 1, 7], [64] * 3, [2048, 16], [2049, 300], [5003, 2, 4096]]
 property_test = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def ragged(widths, seed=0):
-    """theta, importance, offsets and uniforms of groups with these widths, in float32; some importances are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.tensor([0, *widths]).cumsum(0)
-    importance = torch.randn(int(offsets[-1]), generator=generator).exp()
-    importance[torch.rand(importance.shape, generator=generator) < 0.02] = 0
-    theta = 6 * torch.rand(len(widths), generator=generator) - 3
-    return theta, importance, offsets, torch.rand(importance.shape, generator=generator)
-
-
-def model_of(groups, seed=0):
-    """A cost over single groups, a pair and a concatenation of all, with terms of no axis, one axis and two."""
-    draw = np.random.default_rng(seed)
-    full = draw.integers(4, 40, groups)
-    members = [[g] for g in range(groups)] + [[0, groups - 1], list(range(groups))]
-    axes = []
-    for used in members:
-        weights = draw.integers(1, 4, len(used))
-        offset, most = int(draw.integers(0, 9)), int(weights @ full[used])
-        knots = np.unique(np.append(draw.integers(1, most, 5), [1, most])) + offset
-        axes.append(CostAxis(np.array(used), weights, offset, knots))
-    pairs = [(), (0,), (groups + 1,), *((a, (a + 1) % len(axes)) for a in range(len(axes)))]
-    terms = []
-    for pair in pairs:
-        shape = tuple(len(axes[a].knots) for a in pair)
-        table = draw.random(shape) + 0.1
-        for dim in range(len(shape)):
-            table = table.cumsum(dim)
-        terms.append(CostTerm("term", pair, table))
-    return CostModel("ms", full, tuple(axes), tuple(terms), scale=1.1, offset=0.3)
-
-
-def step_arguments(widths, seed=0, dtype=torch.float32, device="cpu"):
-    """theta, grad_mask, p, offsets, the tables of a cost, and Adam's two states."""
-    theta, importance, offsets, uniforms = ragged(widths, seed)
-    p = ops.ratio_forward(theta, importance, offsets, 5.0, uniforms, backend="reference")[1]
-    generator = torch.Generator().manual_seed(seed)
-    grad_mask = torch.randn(p.shape, generator=generator)
-    tensors = [t.to(device, dtype) for t in (theta, grad_mask, p, torch.zeros_like(theta), torch.zeros_like(theta))]
-    # float32 first, so that every dtype sees the same numbers.
-    tables = model_of(len(widths), seed).tables()
-    tables = ops.CostTables(*(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in tables))
-    return [*tensors[:3], offsets.to(device), tables, *tensors[3:]]
-
-
-def three_steps(backend, widths, seed=0, dtype=torch.float32, device="cpu"):
-    theta, grad_mask, p, offsets, tables, *state = step_arguments(widths, seed, dtype, device)
-    outputs = []
-    for step in (1, 2, 3):
-        outputs += ops.ratio_step_priced(
-            theta, grad_mask, p, offsets, tables, 0.4, 0.7, *state, step=step, lr=0.05, backend=backend
-        )
-    return [torch.cat([out.reshape(-1).cpu() for out in outputs[i::3]]) for i in range(3)] + [
-        tensor.cpu() for tensor in (theta, *state)
-    ]
 
 
 def test_philox_gives_its_published_numbers():
@@ -94,46 +43,26 @@ def test_philox_gives_its_published_numbers():
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**40 + 7, 2**64 - 1])
 def test_a_seed_draws_the_same_bits_in_every_backend(backend, seed):
-    theta, importance, offsets, _ = (tensor.to(DEVICE[backend]) for tensor in ragged([3, 2050, 7, 18, 4]))
-    _, p, mask = ops.ratio_forward(theta, importance, offsets, 3.0, seed=seed, backend=backend)
-    assert torch.equal(mask.cpu(), (ops.philox_uniforms(seed, len(p)) < p.cpu()).float())
+    check_seed(partial(ops.ratio_forward, backend=backend), seed, DEVICE[backend])
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
 def test_forward_is_as_accurate_as_plain_torch(backend, widths, temperature):
-    inputs = ragged(widths)
-    theta, importance, offsets, uniforms = inputs
-    truth = ops.ratio_forward(
-        theta.double(), importance.double(), offsets, temperature, uniforms.double(), backend="reference"
-    )
-    plain = ops.ratio_forward(theta, importance, offsets, temperature, uniforms, backend="reference")
-    theta, importance, offsets, uniforms = (tensor.to(DEVICE[backend]) for tensor in inputs)
-    actual = ops.ratio_forward(theta, importance, offsets, temperature, uniforms, backend=backend)
-    assert_as_accurate(actual[1].cpu(), plain[1], truth[1], slack=TOLERANCE)
-    # Where no channel is between kept and dropped, any threshold of an interval solves; p says which are the same.
-    assert actual[0].isfinite().all()
-    assert torch.equal(actual[2], (uniforms < actual[1]).float())
+    check_forward(partial(ops.ratio_forward, backend=backend), widths, temperature, DEVICE[backend])
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
-@pytest.mark.parametrize("widths", [[1, 2], [3, 5, 1, 7], [5003, 2, 1024], [16, 24] * 20], ids=str)
+@pytest.mark.parametrize("widths", STEP_WIDTHS, ids=str)
 def test_priced_step_is_as_accurate_as_plain_torch(backend, widths):
-    truth = three_steps("reference", widths, dtype=torch.float64)
-    plain = three_steps("reference", widths)
-    actual = three_steps(backend, widths, device=DEVICE[backend])
-    for ours, torchs, exact in zip(actual, plain, truth, strict=True):
-        assert_as_accurate(ours, torchs, exact, slack=1e-6)
+    check_step(partial(ops.ratio_step_priced, backend=backend), widths, device=DEVICE[backend])
 
 
 @property_test
 @given(st.lists(st.integers(1, 70), min_size=2, max_size=6), st.integers(0, 99))
 def test_cpp_steps_as_accurately_on_any_cost(widths, seed):
-    runs = [("reference", torch.float64), ("reference", torch.float32), ("cpp", torch.float32)]
-    truth, plain, actual = (three_steps(backend, widths, seed, dtype) for backend, dtype in runs)
-    for ours, torchs, exact in zip(actual, plain, truth, strict=True):
-        assert_as_accurate(ours, torchs, exact, slack=1e-6)
+    check_step(partial(ops.ratio_step_priced, backend="cpp"), widths, seed)
 
 
 @pytest.mark.parametrize("backend", ["reference", *AVAILABLE])

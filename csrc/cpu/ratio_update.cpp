@@ -64,8 +64,9 @@ inline float log_poly(float x) {
   return r + tail + 0.693359375f * k;
 }
 
-inline float sigmoid_of_clipped(float z) {
-  const float clipped = std::min(std::max(z, -kClip), kClip);
+// `clip` is kClip. As a constant it would have compilers branch on the sigmoids of its two ends.
+inline float sigmoid_of_clipped(float z, float clip) {
+  const float clipped = std::min(std::max(z, -clip), clip);
   return 1.0f / (1.0f + exp_poly(-clipped));
 }
 
@@ -104,26 +105,29 @@ HWPRUNE_CLONES Moments scale(float* values, int64_t channels, float temperature,
 }
 
 struct Mass {
-  float total;  // sum of p
-  float slope;  // -d total / d s
+  float total;      // sum of p
+  float slope;      // -d total / d s
+  float curvature;  // d2 total / d s2
 };
 
-HWPRUNE_CLONES Mass mass_at(const float* scaled, int64_t channels, float s) {
-  float total = 0.0f, slope = 0.0f;
-#pragma omp simd reduction(+ : total, slope)
+HWPRUNE_CLONES Mass mass_at(const float* scaled, int64_t channels, float s, float clip) {
+  float total = 0.0f, slope = 0.0f, curvature = 0.0f;
+#pragma omp simd reduction(+ : total, slope, curvature)
   for (int64_t i = 0; i < channels; ++i) {
-    const float soft = sigmoid_of_clipped(scaled[i] - s);
+    const float soft = sigmoid_of_clipped(scaled[i] - s, clip);
+    const float spread = soft + kFloor < 1.0f ? soft * (1.0f - soft) : 0.0f;
     total += std::min(soft + kFloor, 1.0f);
-    slope += soft + kFloor < 1.0f ? soft * (1.0f - soft) : 0.0f;
+    slope += spread;
+    curvature += spread * (1.0f - 2.0f * soft);
   }
-  return {total, slope};
+  return {total, slope, curvature};
 }
 
-HWPRUNE_CLONES void draw(const float* scaled, const float* uniforms, int64_t channels, float s, float* probability,
-                         float* mask) {
+HWPRUNE_CLONES void draw(const float* scaled, const float* uniforms, int64_t channels, float s, float clip,
+                         float* probability, float* mask) {
 #pragma omp simd
   for (int64_t i = 0; i < channels; ++i) {
-    const float p = std::min(sigmoid_of_clipped(scaled[i] - s) + kFloor, 1.0f);
+    const float p = std::min(sigmoid_of_clipped(scaled[i] - s, clip) + kFloor, 1.0f);
     probability[i] = p;
     mask[i] = uniforms[i] < p ? 1.0f : 0.0f;
   }
@@ -178,8 +182,8 @@ void forward_group(const RatioForward& args, int64_t group, float* scaled, float
   const float wanted = static_cast<float>(sigmoid(args.theta[group]) * static_cast<double>(channels));
   Threshold threshold(ratio, temperature * (range.least - range.largest), moments.mean, moments.variance);
   for (int iteration = 0; iteration < kMaxIterations; ++iteration) {
-    const Mass mass = mass_at(scaled, channels, threshold.s);
-    if (threshold.refine(mass.total, wanted, mass.slope)) break;
+    const Mass mass = mass_at(scaled, channels, threshold.s, kClip);
+    if (threshold.refine(mass.total, wanted, mass.slope, mass.curvature)) break;
   }
   args.log_threshold[group] = static_cast<float>(range.largest + threshold.s / args.temperature);
   const float* uniforms = args.uniforms + start;
@@ -188,7 +192,7 @@ void forward_group(const RatioForward& args, int64_t group, float* scaled, float
     draw_uniforms(args.seed, first, start - first + channels, drawn);
     uniforms = drawn + (start - first);
   }
-  draw(scaled, uniforms, channels, threshold.s, args.probability + start, args.mask + start);
+  draw(scaled, uniforms, channels, threshold.s, kClip, args.probability + start, args.mask + start);
 }
 
 void forward_groups(const RatioForward& args, int64_t begin, int64_t end) {

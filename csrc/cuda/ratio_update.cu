@@ -1,3 +1,5 @@
+#include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/ratio_update.cuh"
 #include "philox.h"
 #include "soft_threshold.h"
@@ -190,8 +192,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 // from the cache is cheaper than a second launch. The cost, and its derivative by the ratio of `group`, in every
 // thread.
 __device__ float2 table_cost(const CostTables& tables, const float* __restrict__ before, int64_t group, Block& block) {
-  extern __shared__ float scratch[];  // part [axes], per_step [axes], slopes [terms][2], interval [axes]
-  float *part = scratch, *per_step = part + tables.axes, *slopes = per_step + tables.axes;
+  // part [axes], per_step [axes], slopes [terms][2], interval [axes]
+  float *part = reinterpret_cast<float*>(dynamic_shared()), *per_step = part + tables.axes,
+        *slopes = per_step + tables.axes;
   int* interval = reinterpret_cast<int*>(slopes + 2 * tables.terms);
   for (int64_t axis = threadIdx.x; axis < tables.axes; axis += kThreads) {
     float size = tables.origin[axis];
@@ -273,23 +276,16 @@ cudaError_t ratio_forward(const float* theta, const float* importance, const int
                           float* log_threshold, float* probability, float* mask, int64_t groups, float temperature,
                           uint64_t seed, cudaStream_t stream) {
   if (groups == 0) return cudaSuccess;
-  ratio_forward_kernel<<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(
-      theta, importance, offsets, uniforms, log_threshold, probability, mask, temperature, seed);
-  return cudaGetLastError();
+  return launch(ratio_forward_kernel, static_cast<unsigned>(groups), kThreads, 0, stream, theta, importance, offsets,
+                uniforms, log_threshold, probability, mask, temperature, seed);
 }
 
 cudaError_t ratio_step(const RatioStep& args, const CostTables* tables, int64_t groups, cudaStream_t stream) {
   if (groups == 0) return cudaSuccess;
-  if (tables == nullptr) {
-    ratio_step_kernel<false><<<static_cast<unsigned>(groups), kThreads, 0, stream>>>(args, CostTables{});
-    return cudaGetLastError();
-  }
-  const size_t bytes = static_cast<size_t>(3 * tables->axes + 2 * tables->terms) * sizeof(float);
-  const cudaError_t raised = cudaFuncSetAttribute(ratio_step_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(bytes));
-  if (raised != cudaSuccess) return raised;
-  ratio_step_kernel<true><<<static_cast<unsigned>(groups), kThreads, bytes, stream>>>(args, *tables);
-  return cudaGetLastError();
+  const unsigned grid = static_cast<unsigned>(groups);
+  if (tables == nullptr) return launch(ratio_step_kernel<false>, grid, kThreads, 0, stream, args, CostTables{});
+  const int64_t shared = (3 * tables->axes + 2 * tables->terms) * static_cast<int64_t>(sizeof(float));
+  return launch(ratio_step_kernel<true>, grid, kThreads, static_cast<int>(shared), stream, args, *tables);
 }
 
 }  // namespace hwprune

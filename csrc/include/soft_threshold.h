@@ -22,8 +22,8 @@ constexpr float kLastStep = 1.0f / 1024.0f;
 constexpr float kSmallestImportance = 1.17549435e-38f;
 constexpr int kMaxIterations = 64;
 
-// Finds the s at which the sum of p is `wanted`: Newton's method inside a bracket that every evaluation tightens,
-// halved wherever Newton leaves it or crawls. Use: evaluate at s, call refine, until that returns true.
+// Finds the s at which the sum of p is `wanted`: Newton's method, or Halley's, inside a bracket that every evaluation
+// tightens, halved wherever they leave it or crawl. Use: evaluate at s, call refine, until that returns true.
 struct Threshold {
   float low, high, s, last_width;
 
@@ -36,15 +36,19 @@ struct Threshold {
     s = fminf(fmaxf(guess, low), high);
   }
 
-  // total: the sum of p at s. slope: -d total / d s.
-  HWPRUNE_BOTH bool refine(float total, float wanted, float slope) {
+  // total: the sum of p at s. slope: -d total / d s. curvature: d2 total / d s2, for Halley's step; 0 makes it
+  // Newton's.
+  HWPRUNE_BOTH bool refine(float total, float wanted, float slope, float curvature = 0.0f) {
     const float excess = total - wanted;
     (excess > 0.0f ? low : high) = s;
     const bool shrinking = high - low <= 0.5f * last_width;
     last_width = high - low;
-    const float step = excess / fmaxf(slope, 1e-30f), newton = s + step;
-    if (newton > low && newton < high && (shrinking || fabsf(step) < 0.25f * last_width)) {
-      s = newton;
+    const float steepness = fmaxf(slope, 1e-30f);
+    float step = excess / steepness;
+    if (fabsf(step) < 1.0f) step /= 1.0f - 0.5f * step * curvature / steepness;  // |curvature| <= slope
+    const float next = s + step;
+    if (next >= low && next <= high && (shrinking || fabsf(step) < 0.25f * last_width)) {
+      s = next;
       return fabsf(step) <= kLastStep;
     }
     s = 0.5f * (low + high);

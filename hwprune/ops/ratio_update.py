@@ -62,7 +62,8 @@ def ratio_forward(
     if not temperature > 0:
         raise InvalidInput(f"temperature={temperature} must be above 0")
     key = _signed(seed or 0)
-    log_threshold, p, m = _forward(theta, importance, offsets, temperature, uniforms, backend, key)
+    call = _forward if _recorded(theta) else _run_forward
+    log_threshold, p, m = call(theta, importance, offsets, temperature, uniforms, backend, key)
     return log_threshold, p, m
 
 
@@ -107,8 +108,9 @@ def ratio_step(
     """
     _check_step(theta, grad_mask, p, offsets, step, cost_grad=cost_grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     state = exp_avg, exp_avg_sq
+    call = _step if _recorded() else _run_step
     with torch.no_grad():
-        ratio_grad: Tensor = _step(
+        ratio_grad: Tensor = call(
             theta, grad_mask, p, offsets, cost_grad, multiplier, *state, step, lr, *betas, eps, cut, backend
         )
     return ratio_grad
@@ -150,8 +152,9 @@ def ratio_step_priced(
     _check_step(theta, grad_mask, p, offsets, step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_tables(theta, tables)
     state = exp_avg, exp_avg_sq
+    call = _step_priced if _recorded() else _run_step_priced
     with torch.no_grad():
-        ratio_grad, cost, cost_grad = _step_priced(
+        ratio_grad, cost, cost_grad = call(
             theta, grad_mask, p, offsets, list(tables), multiplier, penalty, *state, step, lr, *betas, eps, cut, backend
         )
     return ratio_grad, cost, cost_grad
@@ -230,7 +233,8 @@ def _check_offsets(offsets: Tensor, channels: int) -> None:
     """Values of the offsets. On a device they are not looked at: that would wait for it."""
     if offsets.device.type != "cpu":
         return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != channels or not bool((offsets.diff() > 0).all()):
+    values = offsets.numpy()
+    if values[0] != 0 or values[-1] != channels or not (values[1:] > values[:-1]).all():
         raise InvalidInput(f"offsets must increase strictly from 0 to {channels}, the number of channels")
 
 
@@ -258,8 +262,16 @@ def _kernels() -> ModuleType:
     return import_module("hwprune.kernels.ratio_update")
 
 
-@torch.library.custom_op("hwprune::ratio_forward", mutates_args=())
-def _forward(
+def _recorded(*differentiable: Tensor) -> bool:
+    """Whether a call must go through torch's dispatcher: for a gradient, or for a compiler that looks on.
+
+    The dispatcher's care for an operator written in Python costs more than the operator.
+    """
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    return grad or torch.compiler.is_compiling()
+
+
+def _run_forward(
     theta: Tensor,
     importance: Tensor,
     offsets: Tensor,
@@ -293,6 +305,9 @@ def _forward(
         with torch.cuda.device(theta.device):
             _native.module("cuda").ratio_forward(*call, torch.cuda.current_stream().cuda_stream)
     return outputs
+
+
+_forward = torch.library.custom_op("hwprune::ratio_forward", _run_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -335,8 +350,7 @@ def _grad_theta(
 _forward.register_autograd(_grad_theta, setup_context=_save_for_theta)
 
 
-@torch.library.custom_op("hwprune::ratio_step", mutates_args=("theta", "exp_avg", "exp_avg_sq"))
-def _step(
+def _run_step(
     theta: Tensor,
     grad_mask: Tensor,
     p: Tensor,
@@ -360,6 +374,7 @@ def _step(
         return reference.ratio_step(
             theta, grad_mask, p, offsets, cost_grad, multiplier, exp_avg, exp_avg_sq, step, lr, (beta1, beta2), eps, cut
         )
+    torch.autograd.graph.increment_version(state)  # torch does not see what native code writes
     inputs = [tensor.contiguous() for tensor in (grad_mask, p, offsets, cost_grad)]
     ratio_grad = torch.empty_like(theta)
     scalars = multiplier, cut, lr, beta1, beta2, eps, step
@@ -373,6 +388,10 @@ def _step(
         with torch.cuda.device(theta.device):
             _native.module("cuda").ratio_step(*call, torch.cuda.current_stream().cuda_stream)
     return ratio_grad
+
+
+_UPDATED = ("theta", "exp_avg", "exp_avg_sq")
+_step = torch.library.custom_op("hwprune::ratio_step", _run_step, mutates_args=_UPDATED)
 
 
 @_step.register_fake
@@ -396,8 +415,7 @@ def _(
     return torch.empty_like(theta)
 
 
-@torch.library.custom_op("hwprune::ratio_step_priced", mutates_args=("theta", "exp_avg", "exp_avg_sq"))
-def _step_priced(
+def _run_step_priced(
     theta: Tensor,
     grad_mask: Tensor,
     p: Tensor,
@@ -425,6 +443,7 @@ def _step_priced(
         adam = step, lr, (beta1, beta2), eps
         ratio_grad = reference.ratio_step(theta, grad_mask, p, offsets, weighted, 1.0, exp_avg, exp_avg_sq, *adam, cut)
         return ratio_grad, cost, cost_grad
+    torch.autograd.graph.increment_version(state)  # torch does not see what native code writes
     inputs = [tensor.contiguous() for tensor in (grad_mask, p, offsets)]
     outputs = torch.empty_like(theta), theta.new_empty(()), torch.empty_like(theta)
     scalars = multiplier, penalty, cut, lr, beta1, beta2, eps, step
@@ -443,6 +462,9 @@ def _step_priced(
             native = _native.module("cuda")
             native.ratio_step_priced(*fixed, before.data_ptr(), *addresses, len(theta), *scalars, stream)
     return outputs
+
+
+_step_priced = torch.library.custom_op("hwprune::ratio_step_priced", _run_step_priced, mutates_args=_UPDATED)
 
 
 @_step_priced.register_fake
