@@ -1,4 +1,4 @@
-"""The command line: ``hwprune doctor | check | profile | prune | compare | measure | export | tables | methods``.
+"""Commands: ``hwprune doctor | check | profile | prune | compare | measure | export | tables | methods | bench``.
 
 Every command prints a table for people, or with ``--json`` one JSON document on stdout. Errors are one sentence on
 stderr. Exit status: 0 done, 1 the check failed, 2 wrong input, 3 the finished network missed its budget,
@@ -7,7 +7,9 @@ stderr. Exit status: 0 done, 1 the check failed, 2 wrong input, 3 the finished n
 
 import json
 import math
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from hwprune import __version__, artifact, comparison, ops, pipeline
 from hwprune.budget import Budget
 from hwprune.data import Data, load_data
-from hwprune.errors import HwpruneError, InvalidInput
+from hwprune.errors import BackendUnavailable, HwpruneError, InvalidInput
 from hwprune.graph import trace
 from hwprune.latency import LatencyTable, Target, available_runtimes, fingerprint
 from hwprune.models import load_model
@@ -348,8 +350,10 @@ def compare(
     dtype: Dtype = "float32",
     memory_format: MemoryFormat = "contiguous",
     threads: Threads = 1,
-    out: Annotated[Path, typer.Option(help="Folder of all runs, compare.json and compare.svg.")] = Path("runs/compare"),
+    note: Annotated[str | None, typer.Option(help="What the data are called in compare.json.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs, compare.json, .md and .svg.")] = Path("runs/compare"),
     table: Table = None,
+    profile_seconds: ProfileSeconds = None,
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal measured milliseconds; called again, it goes on with what is not finished."""
@@ -379,8 +383,9 @@ def compare(
         dense_epochs=dense_epochs,
         target=target,
         name=model,
-        provenance={"data": data, "subset": subset, "validation": validation, "batch": batch},
-        table=table,
+        provenance={"data": note or data, "subset": subset, "validation": validation, "batch": batch},
+        latency_table=table,
+        profile_seconds=profile_seconds,
         progress=not as_json,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -388,20 +393,8 @@ def compare(
     if as_json:
         _print_json(lines)
         return
-    cells = [
-        (
-            line["budget"],
-            line["method"],
-            f"{line['accuracy']:.2%}" + ("" if line["accuracy_std"] is None else f" ± {line['accuracy_std']:.2%}"),
-            f"{line['measured_ms']:.4g} ms",
-            f"{line['share_of_dense']:.1%}",
-            f"{line['met']}/{line['seeds']}",
-            f"{line['wall_s']:.0f} s",
-        )
-        for line in lines
-    ]
     title = f"{model} on {target.describe()}"
-    _print_table(title, ("budget", "method", "accuracy", "measured", "of dense", "met", "wall time"), cells)
+    _print_table(title, comparison.COLUMNS, [comparison.cells(line) for line in lines])
     print(f"Saved in {out}: compare.json, compare.svg, and every run", file=sys.stderr)
 
 
@@ -486,6 +479,60 @@ def methods(as_json: Json = False) -> None:
         _print_json(rows)
     else:
         _print_table("Search methods", ("name", "summary", "source"), [tuple(row.values()) for row in rows])
+
+
+@_command
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Benchmarks of the source tree; by default the operators'."),
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Time nothing: compile every kernel and show what the compiler made of it.")
+    ] = False,
+    archs: Annotated[str, typer.Option(help="Architectures for --static, with commas between.")] = "80,90,100",
+    as_json: Json = False,
+) -> int:
+    """Time the operators on this machine, or look at their compiled code without a GPU."""
+    if not static:
+        return _run_benchmarks(names or ["ratio_update", "masked_conv"])
+    if not re.fullmatch(r"\d+(,\d+)*", archs):
+        raise InvalidInput(f"--archs {archs!r} is not understood; write numbers with commas, such as 80,90")
+    from hwprune.ops import static as compiled
+
+    rows = compiled.examine_triton([job for job, _ in compiled.jobs(map(int, archs.split(",")))])
+    try:
+        rows += compiled.examine_cuda()
+    except BackendUnavailable as error:
+        print(f"CUDA kernels are left out: {error}", file=sys.stderr)
+    complaints = compiled.complaints(rows)
+    if as_json:
+        _print_json({"rows": rows, "complaints": complaints})
+        return 1 if complaints else 0
+    columns = ("registers", "spills", "stack_bytes", "shared_bytes", "tensor_cores", "loads_128")
+    cells = [(row["kernel"], row["backend"], f"sm_{row['arch']}", *(str(row[c]) for c in columns)) for row in rows]
+    _print_table("Compiled kernels", ("kernel", "backend", "chip", *(c.replace("_", " ") for c in columns)), cells)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+def _run_benchmarks(names: Sequence[str]) -> int:
+    """Runs benchmarks/bench_NAME.py of the source tree that hwprune is installed from; they write their own results."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    if not known:
+        raise InvalidInput(
+            "the benchmarks are in hwprune's source tree: clone it, and install it with pip install -e ."
+        )
+    for name in names:
+        if name not in known:
+            raise InvalidInput(f"there is no benchmark {name!r}; there are {', '.join(known)}")
+    for name in names:
+        code = subprocess.run([sys.executable, str(folder / f"bench_{name}.py")], check=False).returncode
+        if code:
+            return _fail(f"benchmark {name} ended with exit status {code}", 1)
+    return 0
 
 
 def _target(device: str, runtime: str, dtype: str, memory_format: str, threads: int) -> Target:
