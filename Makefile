@@ -3,6 +3,7 @@
 #   make demo       train a small network on the digits, prune it to half of its latency here, and report
 #   make test       the whole test suite
 #   make check      ruff, mypy, clang-format, then the tests
+#   make sanitize   the native code of the CPU under AddressSanitizer and ThreadSanitizer
 #   make bench      reproduce benchmarks/results on this machine
 #   make gpu-check  tests and benchmarks on a CUDA device
 #   make wheel      sdist and wheel into dist/
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS)
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: help demo test check lint bench gpu-check wheel clean
+.PHONY: help demo test check lint sanitize bench gpu-check wheel clean
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
 
@@ -47,6 +48,15 @@ lint: $(VENV)/test.installed
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.[ch]*')
 
 check: lint test
+
+SANITIZED := tests/sanitize/cpu.cpp $(filter-out %bindings.cpp,$(wildcard csrc/cpu/*.cpp))
+sanitize:
+	mkdir -p build
+	set -e; for kind in address,undefined thread; do \
+		$${CXX:-c++} -std=c++17 -g -O1 -fopenmp-simd -fsanitize=$$kind -fno-sanitize-recover=all \
+			-Icsrc -Icsrc/include $(SANITIZED) -pthread -o build/sanitize-$$kind; \
+		build/sanitize-$$kind; \
+	done
 
 # bench_cifar10.py needs data and hours; benchmarks/README.md has its commands.
 bench: $(VENV)/test.installed
