@@ -99,7 +99,7 @@ def start(pretrained, fraction=0.5, method="dsa", steps=STEPS, cost=None, **kwar
     model = copy.deepcopy(model)
     cost = cost or staircase(WIDTHS, (1.0, 1.0, 1.0))
     controller = BudgetController(fraction * cost.dense, cost.dense, ramp_steps=steps // 2)
-    return model, Search(method, model, program.groups, cost, controller, steps, **kwargs)
+    return model, Search(method, model, program.groups, cost, controller, steps, program=program, **kwargs)
 
 
 # -- the ratio, its threshold and its gradient
@@ -169,6 +169,48 @@ def test_a_dropped_channel_behind_a_relu_still_learns_that_it_is_missed(pretrain
         dropped = mask.detach() < 0.5
         assert dropped.any() and mask.grad[~dropped].any()
         assert bool(mask.grad[dropped].any()) == learns
+
+
+def test_systematic_draws_keep_their_probabilities_and_hold_the_count(pretrained):
+    _, run = start(pretrained, options={"skip": 5000})
+    run.method.theta.copy_(torch.tensor([-0.5, 0.4, 1.0]))
+    draws = torch.stack([run.method.masks(step).detach() for step in range(1, 2001)])
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(draws.mean(0), run.method._p, rtol=0, atol=0.05)
+    for drawn, p in zip(draws.split(list(WIDTHS), dim=1), run.method._p.split(list(WIDTHS)), strict=True):
+        assert (drawn.sum(1) - p.sum()).abs().max() < 1
+
+
+def test_skipped_channels_count_for_the_steps_in_which_they_were_not_computed(pretrained):
+    """Over three steps that draw the same mask, every channel counts three times."""
+    model, run = start(pretrained, options={"skip": 3, "interval": 5})
+    method, (x, y) = run.method, next(batches(1))
+    method.theta.fill_(-0.5)
+    drawn = (torch.rand(sum(WIDTHS)) < 0.5).float()
+    drawn[torch.tensor([0, WIDTHS[0], WIDTHS[0] + WIDTHS[1]])] = 1
+    method._systematic = lambda uniforms: drawn.clone()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()  # the same loss at every step
+    for step in range(3):
+        run.before_step(step)
+        F.cross_entropy(model(x), y).backward()
+        if step == 0:
+            once = method._mask.grad.clone()
+        run.after_backward(step)
+    torch.testing.assert_close(method._accumulated, 3 * once, rtol=1e-3, atol=1e-4 * float(once.abs().max()))
+    assert once[drawn == 0].any()
+    assert torch.equal(method._seen, torch.where(drawn == 1, 3.0, 1.0))
+
+
+def test_skipping_needs_the_program(pretrained):
+    model, program = pretrained
+    cost = staircase(WIDTHS, (1.0, 1.0, 1.0))
+    controller = BudgetController(0.5 * cost.dense, cost.dense, ramp_steps=1)
+    with pytest.raises(InvalidInput, match="give Search the program"):
+        Search("dsa", copy.deepcopy(model), program.groups, cost, controller, 10, {"skip": 4})
+    with pytest.raises(InvalidInput, match="skip=1 must be 0"):
+        Search("dsa", copy.deepcopy(model), program.groups, cost, controller, 10, {"skip": 1}, program=program)
 
 
 # -- importance
@@ -283,7 +325,11 @@ def test_flops_are_a_budget_too(pretrained):
     assert 0.42 < cost.price(run.context.rounded(run.widths())) / cost.dense < 0.56
 
 
-@pytest.mark.parametrize("options", [{}, {"interval": 4, "scores": "gamma"}], ids=["defaults", "gamma-interval-4"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"interval": 4, "scores": "gamma"}, {"skip": 3}],
+    ids=["defaults", "gamma-interval-4", "skip-3"],
+)
 def test_a_resumed_search_ends_the_same(pretrained, options, tmp_path):
     model, whole = start(pretrained, options=options, seed=3)
     with whole:
