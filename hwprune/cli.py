@@ -500,7 +500,7 @@ def bench(
         raise InvalidInput(f"--archs {archs!r} is not understood; write numbers with commas, such as 80,90")
     from hwprune.ops import static as compiled
 
-    rows = compiled.examine_triton([job for job, _ in compiled.jobs(map(int, archs.split(",")))])
+    rows = compiled.examine_triton(dict.fromkeys(map(int, archs.split(","))))
     try:
         rows += compiled.examine_cuda()
     except BackendUnavailable as error:

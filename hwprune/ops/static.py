@@ -10,17 +10,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hwprune.errors import BackendUnavailable
+from hwprune.errors import BackendUnavailable, InvalidInput
 from hwprune.ops import _native
 
-ARCHS = (80, 90, 100)
 MODULES = ("masked_conv", "ratio_update")
 Job = tuple[str, int, int]  # module, case, architecture
 
@@ -30,27 +29,21 @@ _SPILLS = re.compile(r"\bSTL\b")
 _RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
-def jobs(archs: Iterable[int] = ARCHS) -> list[tuple[Job, str]]:
-    """Every Triton case on every architecture, with its name. Raises BackendUnavailable where there is no Triton."""
-    _native.module("triton")
-    return [
-        ((module, index, arch), case["name"])
-        for module in MODULES
-        for index, case in enumerate(_cases(module))
-        for arch in archs
-    ]
+def examine_triton(wanted: Mapping[int, Sequence[str] | None]) -> list[dict[str, Any]]:
+    """Compiles Triton kernels, on all cores, and says what came out: one row for each case and architecture.
 
-
-def examine_triton(chosen: Sequence[Job]) -> list[dict[str, Any]]:
-    """Compiles these cases, on all cores, and says what came out: one row each.
+    wanted: for each architecture, such as 90, beginnings of names, each for the first case that it fits; None for all.
 
     A row has kernel, backend, arch, registers, spills (stores to local memory), stack_bytes, shared_bytes,
     tensor_cores and loads_128 (instructions), and expects: which of the last two must not be 0.
+
+    Raises BackendUnavailable where there is no Triton.
     """
-    # A process in which Triton interprets cannot compile.
+    _native.module("triton")
+    # A process in which Triton interprets can neither compile nor say what would be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "hwprune.ops.static"]
-    done = subprocess.run(command, input=json.dumps(chosen), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(wanted), env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the kernels did not compile:\n{done.stderr}")
     rows: list[dict[str, Any]] = json.loads(done.stdout)
@@ -93,6 +86,21 @@ def complaints(rows: Iterable[dict[str, Any]]) -> list[str]:
             if row["expects"].get(kind) and not row[kind]:
                 found.append(f"{where} has no {kind.replace('_', ' ')} instruction")
     return found
+
+
+def _jobs(wanted: Mapping[int, Sequence[str] | None]) -> list[Job]:
+    named = [(module, index, case["name"]) for module in MODULES for index, case in enumerate(_cases(module))]
+    jobs: list[Job] = []
+    for arch, beginnings in wanted.items():
+        if beginnings is None:
+            jobs += [(module, index, arch) for module, index, _ in named]
+            continue
+        for beginning in beginnings:
+            fitting = [(module, index, arch) for module, index, name in named if name.startswith(beginning)]
+            if not fitting:
+                raise InvalidInput(f"no case begins with {beginning!r}; there are {', '.join(n for _, _, n in named)}")
+            jobs.append(fitting[0])
+    return jobs
 
 
 def _cases(module: str) -> list[dict[str, Any]]:
@@ -159,5 +167,6 @@ def _demangled(names: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    asked = {int(arch): beginnings for arch, beginnings in json.load(sys.stdin).items()}
     with ProcessPoolExecutor() as pool:
-        json.dump(list(pool.map(_compile, (tuple(job) for job in json.load(sys.stdin)))), sys.stdout)
+        json.dump(list(pool.map(_compile, _jobs(asked))), sys.stdout)
