@@ -180,9 +180,9 @@ def _finish(
 
 
 @triton.jit
-def _finish_channels(
+def _finish_parts(
     acc,
-    n,  # [BN] places in the order of a group's channels
+    start,
     order,
     group,
     n_channels,
@@ -199,14 +199,25 @@ def _finish_channels(
     row,
     row_ok,
     ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """_finish, for the channels that stand at places n."""
-    n_ok = n < n_channels
-    channel = n
-    if order is not None:
-        channel = tl.load(order + group * n_channels + n, mask=n_ok, other=0)
-    _finish(acc, y, raw, residual, factor, scale, shift, mask, partials, tile, row, group * n_channels + channel,
-            row_ok, n_ok, n < n_active, tl.num_programs(1) * n_channels, ACT)  # fmt: skip
+    """_finish for the BN channels from place `start` in their group's order, in PARTS turns."""
+    if PARTS == 1:
+        n = start + tl.arange(0, BN)
+        n_ok = n < n_channels
+        channel = n
+        if order is not None:
+            channel = tl.load(order + group * n_channels + n, mask=n_ok, other=0)
+        _finish(acc, y, raw, residual, factor, scale, shift, mask, partials, tile, row, group * n_channels + channel,
+                row_ok, n_ok, n < n_active, tl.num_programs(1) * n_channels, ACT)  # fmt: skip
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
+        _finish_parts(left, start, order, group, n_channels, n_active, y, raw, residual, factor, scale, shift, mask,
+                      partials, tile, row, row_ok, ACT, BM, BN // 2, PARTS // 2)  # fmt: skip
+        _finish_parts(right, start + BN // 2, order, group, n_channels, n_active, y, raw, residual, factor, scale,
+                      shift, mask, partials, tile, row, row_ok, ACT, BM, BN // 2, PARTS // 2)  # fmt: skip
 
 
 @triton.jit
@@ -264,7 +275,7 @@ def conv_kernel(
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    SPLIT: tl.constexpr,  # the epilogue is run on one half of the channels, then on the other: fewer registers
+    PARTS: tl.constexpr,  # of the epilogue, one after another: fewer registers
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -401,16 +412,8 @@ def conv_kernel(
             acc = _dot(a_tile, b_tile, acc, PRECISION)
 
     tile = (tl.program_id(2) * (tl.num_programs(0) // tiles_n) + tile_m).to(tl.int64)
-    if SPLIT:
-        left, right = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
-        n = tile_n * BN + tl.arange(0, BN // 2)
-        _finish_channels(left, n, order, group, n_channels, n_active, y, raw, residual, factor, scale, shift, mask,
-                         partials, tile, row, row_ok, ACT)  # fmt: skip
-        _finish_channels(right, n + BN // 2, order, group, n_channels, n_active, y, raw, residual, factor, scale,
-                         shift, mask, partials, tile, row, row_ok, ACT)  # fmt: skip
-    else:
-        _finish_channels(acc, n, order, group, n_channels, n_active, y, raw, residual, factor, scale, shift, mask,
-                         partials, tile, row, row_ok, ACT)  # fmt: skip
+    _finish_parts(acc, tile_n * BN, order, group, n_channels, n_active, y, raw, residual, factor, scale, shift, mask,
+                  partials, tile, row, row_ok, ACT, BM, BN, PARTS)  # fmt: skip
 
 
 @triton.jit
@@ -510,8 +513,8 @@ def weight_grad_kernel(
     for first in range(start, stop, BK):
         m = first + tl.arange(0, BK)
         m_ok = m < stop
-        g_at = grad + (m * (groups * o_channels) + group * o_channels)[:, None] + o[None, :]
-        g_tile = tl.load(g_at, mask=m_ok[:, None] & (o < o_read)[None, :], other=0.0)
+        g_at = grad + (m * (groups * o_channels) + group * o_channels)[None, :] + o[:, None]
+        g_tile = tl.load(g_at, mask=m_ok[None, :] & (o < o_read)[:, None], other=0.0)
         if KH * KW * SH * SW == 1 and PH + PW == 0:
             x_row = m
             inside = m_ok[:, None] & (c < c_read)[None, :]
@@ -531,7 +534,7 @@ def weight_grad_kernel(
                 inside = (m_ok & (h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None] & (c < c_read)[None, :]
         x_at = x + (x_row * (groups * c_channels) + group * c_channels)[:, None] + away[None, :]
         x_tile = tl.load(x_at, mask=inside, other=0.0)
-        acc = _dot(tl.trans(g_tile), x_tile, acc, PRECISION)
+        acc = _dot(g_tile, x_tile, acc, PRECISION)
 
     o_channel = o
     if o_order is not None:
@@ -545,9 +548,10 @@ def weight_grad_kernel(
             c_channel = tl.load(c_order + group * c_width + c, mask=c < c_active, other=0)
         result_width = KH * KW * c_width
         place = tap * c_width + c_channel
-    result_row = (split.to(tl.int64) * groups + group) * o_width + o_channel
     written = (o < o_active)[:, None] & (c < c_active)[None, :]
-    tl.store(partials + result_row[:, None] * result_width + place[None, :], acc, mask=written)
+    partials += split.to(tl.int64) * (groups * o_width * result_width)
+    at = ((group * o_width + o_channel) * result_width)[:, None] + place[None, :]
+    tl.store(partials + at, acc, mask=written)
 
 
 @triton.jit
@@ -999,9 +1003,10 @@ def _configs(kind: str, cols: int, depth: int, scattered: bool = False) -> list[
     return list(dict.fromkeys(cut))
 
 
-def _is_split(config: Config, scattered: bool) -> bool:
-    """Whether the epilogue takes two turns. An address for every element takes registers, and so does a large tile."""
-    return config.rows * config.cols >= (1024 if scattered else 4096) * config.warps
+def _parts(config: Config, scattered: bool) -> int:
+    """In how many turns the epilogue is run: an address for every element takes registers, and so does a large tile."""
+    per_thread = config.rows * config.cols // (32 * config.warps)
+    return max(1, per_thread // (16 if scattered else 64))
 
 
 def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
@@ -1214,7 +1219,7 @@ def _convolve(
             columns, partials, *sizes, n_channels // _align(n_channels), k_stored // _align(k_stored), count, **fixed,
             STEP_H=steps[0], STEP_W=steps[1], K_MAJOR=k_major, GATHER=gather, BOUNDED=bounded,
             EVEN_K=k_mask is None and k_stored % config.depth == 0, N_ALIGN=_align(n_channels),
-            K_ALIGN=_align(k_stored), PRECISION=precision, SPLIT=_is_split(config, n_mask is not None),
+            K_ALIGN=_align(k_stored), PRECISION=precision, PARTS=_parts(config, n_mask is not None),
             BM=config.rows, BN=config.cols, BK=config.depth,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -1597,7 +1602,7 @@ def static_cases() -> list[dict[str, Any]]:
         name: str, config: Config, absent: tuple[str, ...], changes: dict[str, Any], dtype: torch.dtype = bf16
     ) -> dict[str, Any]:
         constants = three | conv | changes | {"BM": config.rows, "BN": config.cols, "BK": config.depth}
-        constants["SPLIT"] = _is_split(config, "order" not in absent)
+        constants["PARTS"] = _parts(config, "order" not in absent)
         name = f"conv {name} {config.rows}x{config.cols}x{config.depth}"
         return _static_case(
             name, conv_kernel, dtype, absent, constants, warps=config.warps, stages=config.stages,
