@@ -495,7 +495,7 @@ def bench(
 ) -> int:
     """Time the operators on this machine, or look at their compiled code without a GPU."""
     if not static:
-        return _run_benchmarks(names or ["ratio_update", "masked_conv"])
+        return _run_benchmarks(names)
     if not re.fullmatch(r"\d+(,\d+)*", archs):
         raise InvalidInput(f"--archs {archs!r} is not understood; write numbers with commas, such as 80,90")
     from hwprune.ops import static as compiled
@@ -517,7 +517,7 @@ def bench(
     return 1 if complaints else 0
 
 
-def _run_benchmarks(names: Sequence[str]) -> int:
+def _run_benchmarks(names: Sequence[str] | None) -> int:
     """Runs benchmarks/bench_NAME.py of the source tree that hwprune is installed from; they write their own results."""
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
@@ -525,6 +525,7 @@ def _run_benchmarks(names: Sequence[str]) -> int:
         raise InvalidInput(
             "the benchmarks are in hwprune's source tree: clone it, and install it with pip install -e ."
         )
+    names = names or [name for name in ("ratio_update", "masked_conv") if name in known]
     for name in names:
         if name not in known:
             raise InvalidInput(f"there is no benchmark {name!r}; there are {', '.join(known)}")

@@ -1,9 +1,12 @@
 """What the compiler makes of the kernels, where no GPU is needed to ask it."""
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
 
+from hwprune.cli import main
 from hwprune.ops import _native, static
 
 # One configuration of every kernel on Hopper, and a few on its neighbours: a compilation takes seconds.
@@ -50,3 +53,17 @@ def test_cuda_kernels_multiply_on_tensor_cores_and_load_16_bytes():
         found = [row for row in rows if row["kernel"] == kernel]
         assert found and all(row["loads_128"] for row in found), kernel
     assert {row["arch"] for row in rows} >= {90}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["fortran"], "there is no benchmark 'fortran'; there are .*ratio_update"),
+        (["--static", "--archs", "hopper"], "--archs 'hopper' is not understood; write numbers with commas"),
+    ],
+)
+def test_bench_says_what_is_wrong(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *arguments])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
