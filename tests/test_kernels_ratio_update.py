@@ -109,6 +109,22 @@ def test_seeded_and_priced_operators_obey_the_rules_of_torch_library(backend):
     torch.library.opcheck(torch.ops.hwprune.ratio_step_priced, arguments)
 
 
+def test_seeded_and_priced_operators_compile_into_one_graph():
+    def search_step(theta, importance, offsets, grad_mask, tables, *state):
+        _, p, mask = ops.ratio_forward(theta, importance, offsets, 2.0, seed=11)
+        return mask, *ops.ratio_step_priced(theta, grad_mask, p, offsets, tables, 0.3, 0.5, *state, step=1, lr=0.1)
+
+    def inputs():
+        theta, grad_mask, _, offsets, tables, *state = step_arguments([3, 8])
+        return theta, ragged([3, 8])[1], offsets, grad_mask, tables, *state
+
+    eager, compiled = inputs(), inputs()
+    expected = search_step(*eager)
+    actual = torch.compile(search_step, fullgraph=True, backend="aot_eager")(*compiled)
+    updated = zip((compiled[0], *compiled[5:]), (eager[0], *eager[5:]), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in (*zip(actual, expected, strict=True), *updated))
+
+
 @pytest.mark.parametrize("uniforms, seed", [(None, None), (torch.rand(4), 3)])
 def test_masks_need_one_source_of_randomness(uniforms, seed):
     theta, importance, offsets, _ = ragged([4])
