@@ -16,7 +16,8 @@ from hwprune.errors import BackendUnavailable, InvalidInput
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 ACTIVATIONS = ["none", "relu", "relu6", "silu", "gelu"]
-SUM_SLACK = 1e-5  # of sums over pixels whose terms cancel, in another order than torch's
+SUM_SLACK = 1e-4  # of sums over pixels, which may cancel to next to nothing, in another order than torch's
+SLACK = 1e-6  # of scale and shift applied in another order
 property_test = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -208,7 +209,7 @@ def results(operator, tensors, dtype, **options):
     leaves = {name: value.to(dtype).clone().requires_grad_() for name, value in tensors.items()}
     outputs = operator(**leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [torch.linspace(1, 7, out.numel(), dtype=dtype).cos().view(out.shape) for out in outputs]
+    upstream = [1.5 + torch.linspace(1, 7, out.numel(), dtype=dtype).cos().view(out.shape) for out in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
     named = dict(zip([f"grad of {name}" for name in leaves], grads, strict=True))
     return {str(i): out.detach() for i, out in enumerate(outputs)} | {k: v for k, v in named.items() if v is not None}
@@ -221,7 +222,7 @@ def assert_backend_accurate(operator, tensors, backend, **options):
     assert actual.keys() == truth.keys()
     for name, value in actual.items():
         assert value.shape == truth[name].shape, name
-        assert_as_accurate(value, plain[name], truth[name], slack=SUM_SLACK)
+        assert_as_accurate(value, plain[name], truth[name], slack=SLACK if name == "0" else SUM_SLACK)
 
 
 @property_test
@@ -238,7 +239,7 @@ def test_cpp_is_as_accurate_as_plain_torch(problem):
                 (torch.float32, "cpp"),
             )
         )
-    assert_as_accurate(actual, plain, truth, slack=SUM_SLACK)
+    assert_as_accurate(actual, plain, truth, slack=SLACK)
 
 
 @property_test

@@ -4,10 +4,16 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/parallel.hpp"
 
 namespace hwprune {
 namespace {
+
+using Floats = std::vector<float>;
 
 constexpr int64_t kGrain = 1 << 15;  // floats that are worth a thread
 constexpr int64_t kBlock = 64;       // additions in float32 before a sum moves to float64
@@ -36,6 +42,16 @@ HWPRUNE_CLONES float dot(const float* x, const float* y, int64_t count) {
     total += part;
   }
   return static_cast<float>(total);
+}
+
+HWPRUNE_CLONES void multiply(const float* x, const float* y, int64_t count, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * y[i];
+}
+
+HWPRUNE_CLONES void multiply_add(const float* x, const float* y, int64_t count, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] += x[i] * y[i];
 }
 
 HWPRUNE_CLONES void add(const float* x, int64_t count, float* out) {
@@ -144,6 +160,64 @@ HWPRUNE_CLONES void row_backward(const float* grad_y, const float* raw, const fl
   }
 }
 
+#if defined(__x86_64__)
+// Bit i of bits[b] says whether channel 16 * b + i is listed.
+__attribute__((target("avx512f"))) void pick_wide(const float* from, const uint16_t* bits, int64_t blocks, float* to) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512 packed = _mm512_maskz_compress_ps(bits[b], _mm512_maskz_loadu_ps(bits[b], from + 16 * b));
+    const int count = __builtin_popcount(bits[b]);
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), packed);
+    to += count;
+  }
+}
+
+__attribute__((target("avx512f"))) void spread_wide(const float* from, const uint16_t* bits, int64_t blocks,
+                                                    int64_t channels, float* to) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int count = __builtin_popcount(bits[b]);
+    const __m512 packed = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    const int64_t left = std::min<int64_t>(16, channels - 16 * b);
+    _mm512_mask_storeu_ps(to + 16 * b, static_cast<__mmask16>((1u << left) - 1),
+                          _mm512_maskz_expand_ps(bits[b], packed));
+    from += count;
+  }
+}
+
+bool runs_wide() { return __builtin_cpu_supports("avx512f"); }
+#else
+void pick_wide(const float*, const uint16_t*, int64_t, float*) {}
+void spread_wide(const float*, const uint16_t*, int64_t, int64_t, float*) {}
+bool runs_wide() { return false; }
+#endif
+
+// Takes listed channels out of a row of all channels, and puts them back. AVX-512 has an instruction for sixteen at a
+// time; other processors move one by one.
+class Picker {
+ public:
+  // index [kept], increasing
+  Picker(const int64_t* index, int64_t kept, int64_t channels)
+      : channels_(channels), wide_(runs_wide()), index_(index, index + kept) {
+    bits_.resize(static_cast<size_t>((channels + 15) / 16));
+    for (const int32_t i : index_) bits_[static_cast<size_t>(i / 16)] |= static_cast<uint16_t>(1u << (i % 16));
+  }
+  void pick(const float* row, float* out) const {
+    if (wide_) return pick_wide(row, bits_.data(), static_cast<int64_t>(bits_.size()), out);
+    for (size_t j = 0; j < index_.size(); ++j) out[j] = row[index_[j]];
+  }
+  // Zeros elsewhere.
+  void spread(const float* listed, float* row) const {
+    if (wide_) return spread_wide(listed, bits_.data(), static_cast<int64_t>(bits_.size()), channels_, row);
+    std::fill(row, row + channels_, 0.0f);
+    for (size_t j = 0; j < index_.size(); ++j) row[index_[j]] = listed[j];
+  }
+
+ private:
+  int64_t channels_;
+  bool wide_;
+  std::vector<int32_t> index_;
+  std::vector<uint16_t> bits_;
+};
+
 // Sums over rows of channels: in float32 for a while, then in float64.
 class RowSums {
  public:
@@ -226,17 +300,16 @@ void gather_channels(const float* x, const Batch& batch, const int64_t* index, c
                      float* out) {
   const int64_t channels = batch.channels, pixels = batch.pixels;
   if (batch.channels_last) {
-    const std::vector<int32_t> short_index(index, index + kept);  // half as much to load
-    const int32_t* at = short_index.data();
+    const Picker picker(index, kept, channels);
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, kept), batch.threads,
-             [=](int64_t, int64_t begin, int64_t end) {
+             [&](int64_t, int64_t begin, int64_t end) {
                for (int64_t row = begin; row < end; ++row) {
                  const float* from = x + row * channels;
                  float* to = out + row * kept;
-                 if (factor)
-                   for (int64_t j = 0; j < kept; ++j) to[j] = factor[j] != 0.0f ? factor[j] * from[at[j]] : 0.0f;
+                 if (!factor)
+                   picker.pick(from, to);
                  else
-                   for (int64_t j = 0; j < kept; ++j) to[j] = from[at[j]];
+                   for (int64_t j = 0; j < kept; ++j) to[j] = factor[j] != 0.0f ? factor[j] * from[index[j]] : 0.0f;
                }
              });
     return;
@@ -257,19 +330,23 @@ void scatter_channels(const float* compact, const Batch& batch, const int64_t* i
   const auto parts = static_cast<size_t>(std::max<int64_t>(1, batch.threads));
   std::vector<RowSums> sums(dots ? parts : 0, RowSums(kept));
   if (batch.channels_last) {
+    const Picker picker(index, kept, channels);
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
              [&](int64_t thread, int64_t begin, int64_t end) {
-               std::fill(out + begin * channels, out + end * channels, 0.0f);
-               RowSums* mine = dots ? &sums[static_cast<size_t>(thread)] : nullptr;
+               Floats picked(static_cast<size_t>(kept));
                for (int64_t row = begin; row < end; ++row) {
                  const float* from = compact + row * kept;
-                 float* to = out + row * channels;
-                 for (int64_t j = 0; j < kept; ++j) to[index[j]] = factor ? factor[j] * from[j] : from[j];
-                 if (!mine) continue;
-                 const float* other = x + row * channels;
-                 float* sum = mine->first();
-                 for (int64_t j = 0; j < kept; ++j) sum[j] += from[j] * other[index[j]];
-                 mine->row_done();
+                 if (dots) {
+                   RowSums& mine = sums[static_cast<size_t>(thread)];
+                   picker.pick(x + row * channels, picked.data());
+                   multiply_add(from, picked.data(), kept, mine.first());
+                   mine.row_done();
+                 }
+                 if (factor) {
+                   multiply(from, factor, kept, picked.data());
+                   from = picked.data();
+                 }
+                 picker.spread(from, out + row * channels);
                }
              });
   } else {
@@ -299,13 +376,14 @@ void epilogue(const float* raw, const Batch& batch, const int64_t* index, int64_
   const int64_t channels = batch.channels, pixels = batch.pixels;
   const bool some = kept < channels;
   if (batch.channels_last) {
+    const Picker picker(index, some ? kept : 0, channels);
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
              [&](int64_t, int64_t begin, int64_t end) {
-               std::vector<float> spread(some ? static_cast<size_t>(channels) : 0);  // a row of raw in its full place
+               Floats spread(some ? static_cast<size_t>(channels) : 0);  // a row of raw in its full place
                for (int64_t row = begin; row < end; ++row) {
                  const float* full = raw + row * kept;
                  if (some) {
-                   for (int64_t j = 0; j < kept; ++j) spread[static_cast<size_t>(index[j])] = full[j];
+                   picker.spread(full, spread.data());
                    full = spread.data();
                  }
                  if (raw_full) copy(full, channels, 1.0f, raw_full + row * channels);
@@ -409,17 +487,18 @@ void pack_columns(const float* x, int64_t images, const Columns& args, float* pa
   const int64_t area = args.out_height * args.out_width, total = images * area, count = args.count;
   const auto worth = [&](int64_t row) { return kGrain / std::max<int64_t>(1, row); };
   if (args.channels_last) {
-    std::vector<int32_t> channel(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i)
-      channel[static_cast<size_t>(i)] = static_cast<int32_t>(args.columns[i] % args.channels);
-    const int32_t* at = channel.data();
+    std::vector<int64_t> channel(static_cast<size_t>(count));
+    for (size_t i = 0; i < channel.size(); ++i) channel[i] = args.columns[i] % args.channels;
+    std::vector<Picker> pickers;
+    for (const Tap& tap : kernel) pickers.emplace_back(channel.data() + tap.begin, tap.end - tap.begin, args.channels);
     parallel(images * args.out_height, worth(args.out_width * count), args.threads,
              [&](int64_t, int64_t begin, int64_t end) {
                for (int64_t line = begin; line < end; ++line) {
                  const int64_t image = line / args.out_height, oh = line % args.out_height;
                  for (int64_t ow = 0; ow < args.out_width; ++ow) {
                    float* to = packed + (line * args.out_width + ow) * count;
-                   for (const Tap& tap : kernel) {
+                   for (size_t t = 0; t < kernel.size(); ++t) {
+                     const Tap& tap = kernel[t];
                      const int64_t ih = oh * args.stride_h + tap.row * args.dilation_h - args.pad_h;
                      const int64_t iw = ow * args.stride_w + tap.column * args.dilation_w - args.pad_w;
                      if (ih < 0 || ih >= args.height || iw < 0 || iw >= args.width) {
@@ -427,7 +506,7 @@ void pack_columns(const float* x, int64_t images, const Columns& args, float* pa
                        continue;
                      }
                      const float* from = x + ((image * args.height + ih) * args.width + iw) * args.channels;
-                     for (int64_t j = tap.begin; j < tap.end; ++j) to[j] = from[at[j]];
+                     pickers[t].pick(from, to + tap.begin);
                    }
                  }
                }

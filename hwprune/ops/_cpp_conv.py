@@ -240,9 +240,8 @@ def _convolve(
         if ins is not None:
             x, small = _gather(x, ins, None, form), small.index_select(1, ins)
     if x.numel() == 0 or small.numel() == 0:
-        shape = output_shape(x, small.shape, geometry)
-        empty = x.new_zeros(shape) if b is None else b.view(1, -1, 1, 1).expand(shape)
-        return empty.contiguous(memory_format=form)
+        y = torch.empty(output_shape(x, small.shape, geometry), memory_format=form)
+        return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
     return F.conv2d(x, small, b, stride, padding, dilation, groups).contiguous(memory_format=form)
 
 

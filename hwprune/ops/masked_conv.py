@@ -20,6 +20,10 @@ _MODULES = {
     "cuda": "hwprune.ops._cuda_conv",
 }
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+# Below so many multiplications (counted at stride 1) picking channels costs more than it saves. At half of the channels
+# on both sides 9 million take twice as long as multiplied dense, 38 million as long, 150 million half as long
+# (one thread of an AMD EPYC; benchmarks/bench_ops.py times these two ways).
+_FEW_PRODUCTS = 40_000_000
 
 
 def masked_conv2d(
@@ -215,9 +219,10 @@ def _plain(
 def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None, requested: str) -> Any:
     """The module of functions that runs `op` on these tensors."""
     refusals = {name: _refusal(name, x, weight, groups, columns) for name in _MODULES}
-    return import_module(
-        _MODULES[_native.choose(op, requested, refusals, _PREFERENCE.get(x.device.type, ("reference",)))]
-    )
+    preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
+    if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS:
+        preference = ("reference",)
+    return import_module(_MODULES[_native.choose(op, requested, refusals, preference)])
 
 
 def _refusal(backend: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
@@ -310,7 +315,7 @@ def _conv_backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[T
     grad_out_mask = grad_scale = grad_shift = None
     if ctx.act != "none" or scale is not None or out_mask is not None:
         grad_raw, *rest = _epilogue_backward(grad_y, raw, out_mask, scale, shift, residual, ctx.act, ctx.backend)
-        grad_residual = grad_y if ctx.act == "none" else rest[0]
+        grad_residual = grad_y if ctx.act == "none" else grad_raw if out_mask is None and scale is None else rest[0]
         grad_out_mask, grad_scale, grad_shift = rest[1:]
     elif needs[5]:
         grad_shift = grad_y.sum((0, 2, 3), dtype=_wide(x))
@@ -396,6 +401,11 @@ def _stats_backward(
 _stats.register_autograd(_stats_backward, setup_context=_save_stats)
 
 
+def _has_no_own_gradient(act: str, out_mask: Tensor | None, scale: Tensor | None) -> bool:
+    """Whether the residual's gradient is that of y, or of the raw convolution: operators must not return it twice."""
+    return act == "none" or (out_mask is None and scale is None)
+
+
 @torch.library.custom_op("hwprune::masked_conv2d_epilogue_backward", mutates_args=())
 def _epilogue_backward(
     grad_y: Tensor,
@@ -413,7 +423,7 @@ def _epilogue_backward(
         grad_y, raw, out_mask, scale, shift, residual, act
     )
     form = layout(raw)
-    if act == "none" or grad_residual is None:  # it would be grad_y itself
+    if grad_residual is None or _has_no_own_gradient(act, out_mask, scale):
         grad_residual = raw.new_empty(0)
     else:
         grad_residual = grad_residual.contiguous(memory_format=form)
@@ -433,7 +443,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     form = layout(raw)
-    none = act == "none" or residual is None
+    none = residual is None or _has_no_own_gradient(act, out_mask, scale)
     grad_residual = raw.new_empty(0) if none else _empty(raw.shape, raw, form)
     grads = [raw.new_empty(0) if given is None else torch.empty_like(given) for given in (out_mask, scale, shift)]
     return _empty(raw.shape, raw, form), grad_residual, grads[0], grads[1], grads[2]

@@ -1,0 +1,328 @@
+"""The masked convolution and one step of a search, against what one would write without them.
+
+    python benchmarks/bench_ops.py [--threads 1] [--rounds 9] [--only conv columns norm search]
+
+Every operator is checked against its rival on the tensors that are then timed. The two run in turns, one call each, so
+that a slow spell of the machine meets both; medians are compared. `spread` is the distance between the 20 % and the
+80 % quantile of our time, over its median. Rows go to `results/<environment>/ops.json`; `ratio` is the rival's time
+over ours. Rivals:
+
+    dense-then-mask  out_mask * conv2d(in_mask * x)
+    torch            conv2d with scale and shift folded into its weight and bias, then the activation
+    dense            conv2d with all columns
+    batch_norm       F.batch_norm, mask, activation; forward and backward
+    training step    forward, backward and SGD of the network without masks. A search step that computes all channels
+                     once in `skip` steps is timed as the mean over as many steps.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hwprune import ops
+from hwprune.budget import BudgetController
+from hwprune.graph import trace
+from hwprune.latency import Target, fingerprint, flops_model
+from hwprune.models import load_model
+from hwprune.search import Search
+
+RESULTS = Path(__file__).parent / "results"
+SKIP = 8  # one search step in so many computes all channels
+
+# Cin, Cout, kernel, stride, pixels: the distinct 3x3 and 1x1 convolutions of each network.
+RESNET50 = [
+    *((width, width, 3, 1, pixels) for width, pixels in ((64, 56), (128, 28), (256, 14), (512, 7))),
+    *((width, width, 3, 2, pixels) for width, pixels in ((128, 56), (256, 28), (512, 14))),
+    *((4 * width, width, 1, 1, pixels) for width, pixels in ((64, 56), (128, 28), (256, 14), (512, 7))),
+    *((width, 4 * width, 1, 1, pixels) for width, pixels in ((64, 56), (128, 28), (256, 14), (512, 7))),
+    *((2 * width, 4 * width, 1, 2, pixels) for width, pixels in ((128, 56), (256, 28), (512, 14))),
+]
+VGG16 = [
+    (64, 64, 3, 1, 32),
+    (64, 128, 3, 1, 16),
+    (128, 128, 3, 1, 16),
+    (128, 256, 3, 1, 8),
+    (256, 256, 3, 1, 8),
+    (256, 512, 3, 1, 4),
+    (512, 512, 3, 1, 4),
+    (512, 512, 3, 1, 2),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9, help="calls of each side per row")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for section in args.only:
+        for row in SECTIONS[section](device, args):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    context = {
+        **fingerprint(Target(device=device)),
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "python": platform.python_version(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+    }
+    environment = "cpu" if device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
+    path = RESULTS / environment / "ops.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{"context": {json.dumps(context)},\n "rows": [\n  {lines}\n]}}\n')
+    for key in dict.fromkeys((row["op"], row["rival"], row["keep"]) for row in rows):
+        ratios = [row["ratio"] for row in rows if (row["op"], row["rival"], row["keep"]) == key]
+        print(f"{key}: geometric mean {np.exp(np.mean(np.log(ratios))):.2f}, least {min(ratios):.2f}")
+
+
+def convolutions(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Half of the channels masked on both sides; masks of ones; no masks but an epilogue."""
+    for shape, batch, form, dtype in cases(device):
+        cin, cout, kernel, stride, _ = shape
+        x, weight = tensors(shape, batch, form, dtype, device)
+        geometry = {"stride": stride, "padding": kernel // 2}
+        for keep in (0.5, 1.0):
+            in_mask, out_mask = hard_mask(cin, keep, device), hard_mask(cout, keep, device)
+            i, o = in_mask.to(dtype).view(1, -1, 1, 1), out_mask.to(dtype).view(1, -1, 1, 1)
+
+            def ours(x=x, weight=weight, in_mask=in_mask, out_mask=out_mask, geometry=geometry) -> Tensor:
+                return ops.masked_conv2d(
+                    x, weight, in_mask=in_mask, out_mask=out_mask, backend=args.backend, **geometry
+                )
+
+            def rival(x=x, weight=weight, i=i, o=o, geometry=geometry) -> Tensor:
+                return F.conv2d(x * i, weight, **geometry) * o
+
+            yield timed("masked_conv2d", "dense-then-mask", ours, rival, shape, batch, form, dtype, keep, args)
+        scale, shift = torch.rand(cout, device=device) + 0.5, torch.randn(cout, device=device)
+
+        def fused(x=x, weight=weight, scale=scale, shift=shift, geometry=geometry) -> Tensor:
+            return ops.masked_conv2d(x, weight, scale=scale, shift=shift, act="relu", backend=args.backend, **geometry)
+
+        def plain(x=x, weight=weight, scale=scale, shift=shift, geometry=geometry) -> Tensor:
+            return F.conv2d(x, weight * scale.view(-1, 1, 1, 1).to(x.dtype), shift.to(x.dtype), **geometry).relu()
+
+        yield timed("masked_conv2d", "torch", fused, plain, shape, batch, form, dtype, 1.0, args)
+
+
+def pruned_columns(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """3x3 convolutions without 75 % of their columns, chosen at random or in blocks of 16 channels."""
+    for shape, batch, form, dtype in cases(device):
+        cin, _, kernel, stride, _ = shape
+        if kernel == 1:
+            continue
+        x, weight = tensors(shape, batch, form, dtype, device)
+        count = cin * kernel * kernel
+        columns = torch.randperm(count)[: count // 4].sort().values.to(device)
+        blocks = torch.randperm(count // 16)[: count // 64].sort().values
+        aligned = (16 * blocks[:, None] + torch.arange(16)).flatten().to(device)
+        for name, listed in (("random", columns), ("blocks", aligned)):
+            kept = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, listed, True)
+            small = weight * kept.view(kernel, kernel, cin).permute(2, 0, 1)
+
+            def ours(x=x, weight=weight, listed=listed, stride=stride, kernel=kernel) -> Tensor:
+                return ops.masked_conv2d(
+                    x, weight, columns=listed, stride=stride, padding=kernel // 2, backend=args.backend
+                )
+
+            def rival(x=x, small=small, stride=stride, kernel=kernel) -> Tensor:
+                return F.conv2d(x, small, stride=stride, padding=kernel // 2)
+
+            yield timed(f"columns ({name})", "dense", ours, rival, shape, batch, form, dtype, 0.25, args)
+
+
+def norms(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """BatchNorm in training, mask and ReLU: forward and backward; statistics are among what is timed on both sides."""
+    for shape, batch, form, dtype in cases(device):
+        _, cout, kernel, stride, pixels = shape
+        if kernel == 3 or stride > 1:
+            continue
+        x = torch.randn(batch, cout, pixels, pixels, device=device, dtype=dtype).contiguous(memory_format=form)
+        identity = torch.eye(cout, device=device, dtype=dtype).view(cout, cout, 1, 1)
+        mask, weight = hard_mask(cout, 0.5, device), torch.rand(cout, device=device) + 0.5
+        bias, upstream = torch.randn(cout, device=device), torch.randn_like(x)
+        leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+        raw, sums, squares = ops.masked_conv2d(x.detach(), identity, stats=True, backend=args.backend)
+
+        def ours(raw=raw, sums=sums, squares=squares, mask=mask, upstream=upstream, leaves=leaves) -> Tensor:
+            x = raw.requires_grad_()
+            y, _, _ = ops.masked_bn_act(
+                x, sums, squares, leaves[1], leaves[2], mask=mask, act="relu", backend=args.backend
+            )
+            return torch.autograd.grad(y, (leaves[1], leaves[2], x), upstream)[0]
+
+        def rival(mask=mask, upstream=upstream, leaves=leaves) -> Tensor:
+            x, weight, bias = leaves
+            y = F.batch_norm(x, None, None, weight.to(x.dtype), bias.to(x.dtype), training=True)
+            y = (y * mask.to(x.dtype).view(1, -1, 1, 1)).relu()
+            return torch.autograd.grad(y, (weight, bias, x), upstream)[0]
+
+        yield timed("masked_bn_act", "batch_norm", ours, rival, shape, batch, form, dtype, 0.5, args)
+
+
+def search_steps(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One step of the default method on resnet56, batch 128, 32 px, at fixed keep ratios."""
+    batch = 128
+    x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (batch,), device=device)
+
+    def network() -> tuple[Any, Callable[[], None]]:
+        model = load_model("resnet56").to(device, memory_format=torch.channels_last)
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+        def finish() -> None:
+            optimiser.step()
+            optimiser.zero_grad()
+
+        return model, finish
+
+    plain, finish_plain = network()
+    plain.train()
+
+    def training() -> None:
+        F.cross_entropy(plain(x), y).backward()
+        finish_plain()
+
+    runs: dict[float, Callable[[], None]] = {}
+    for keep in (1.0, 0.5):
+        model, finish = network()
+        program = trace(model.eval(), (x[:2],))
+        cost = flops_model(program)
+        theta = 9.0 if keep == 1.0 else float(np.log(keep / (1 - keep)))
+        options = {"theta": theta, "warmup": 0.0, "lr": 1e-9, "skip": SKIP}
+        controller = BudgetController(0.5 * cost.dense, cost.dense, ramp_steps=1)
+        session = Search("dsa", model.train(), program.groups, cost, controller, 1 << 20, options, program=program)
+        counter = iter(range(1 << 20))
+
+        def searching(model=model, finish=finish, session=session, counter=counter) -> None:
+            step = next(counter)
+            session.before_step(step)
+            F.cross_entropy(model(x), y).backward()
+            session.after_backward(step)
+            finish()
+            session.after_step(step)
+
+        runs[keep] = searching
+    times: dict[float | None, list[float]] = {None: [], **{keep: [] for keep in runs}}
+    for run in (training, *runs.values()):
+        run()
+    for _ in range(SKIP):
+        for key, run in ((None, training), *runs.items()):
+            times[key].append(clock_us(run, device))
+    rival_us = float(np.median(times[None]))
+    for keep in runs:
+        mean_us = float(np.mean(times[keep]))
+        low, high = np.quantile(times[None], [0.2, 0.8])
+        yield {
+            "op": "search step",
+            "backend": args.backend,
+            "rival": "training step",
+            "shape": f"resnet56 batch {batch} 32 px",
+            "dtype": "float32",
+            "keep": keep,
+            "median_us": round(mean_us, 1),
+            "rival_median_us": round(rival_us, 1),
+            "ratio": round(rival_us / mean_us, 3),
+            "spread": round(float(high - low) / rival_us, 3),
+        }
+
+
+def cases(device: str) -> Iterator[tuple[tuple[int, ...], int, torch.memory_format, torch.dtype]]:
+    """Shape, batch, layout and dtype of every convolution."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for network, batches in (
+        (RESNET50, (32, 256) if device == "cuda" else (4,)),
+        (VGG16, (256,) if device == "cuda" else (16,)),
+    ):
+        for shape in network:
+            for batch in batches:
+                for form in (
+                    (torch.channels_last,) if device == "cuda" else (torch.contiguous_format, torch.channels_last)
+                ):
+                    yield shape, batch, form, dtype
+
+
+def tensors(
+    shape: tuple[int, ...], batch: int, form: torch.memory_format, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor]:
+    cin, cout, kernel, _, pixels = shape
+    x = torch.randn(batch, cin, pixels, pixels, device=device, dtype=dtype).contiguous(memory_format=form)
+    weight = torch.randn(cout, cin, kernel, kernel, device=device, dtype=dtype) / (cin * kernel * kernel) ** 0.5
+    return x, weight
+
+
+def hard_mask(channels: int, keep: float, device: str) -> Tensor:
+    mask = torch.zeros(channels, device=device)
+    mask[torch.randperm(channels)[: round(keep * channels)]] = 1
+    return mask
+
+
+def timed(
+    op: str,
+    rival_name: str,
+    ours: Callable[[], Tensor],
+    rival: Callable[[], Tensor],
+    shape: tuple[int, ...],
+    batch: int,
+    form: torch.memory_format,
+    dtype: torch.dtype,
+    keep: float,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Check, then time in turns."""
+    with torch.set_grad_enabled(op == "masked_bn_act"):
+        found, expected = ours(), rival()
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
+        assert error < tolerance, f"{op} {shape}: relative error {error:.2e}"
+        times = np.array([[clock_us(run, found.device.type) for run in (ours, rival)] for _ in range(args.rounds)])
+    median_us, rival_us = np.median(times, axis=0)
+    low, high = np.quantile(times[:, 0], [0.2, 0.8])
+    cin, cout, kernel, stride, pixels = shape
+    layout = "nhwc" if form == torch.channels_last else "nchw"
+    return {
+        "op": op,
+        "backend": args.backend,
+        "rival": rival_name,
+        "shape": f"{batch}x{cin}x{pixels}x{pixels} -> {cout}, {kernel}x{kernel} stride {stride}, {layout}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "keep": keep,
+        "median_us": round(float(median_us), 1),
+        "rival_median_us": round(float(rival_us), 1),
+        "ratio": round(float(rival_us / median_us), 3),
+        "spread": round(float((high - low) / median_us), 3),
+    }
+
+
+def clock_us(run: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter_ns()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+SECTIONS = {"conv": convolutions, "columns": pruned_columns, "norm": norms, "search": search_steps}
+
+if __name__ == "__main__":
+    main()
