@@ -525,7 +525,7 @@ def _run_benchmarks(names: Sequence[str] | None) -> int:
         raise InvalidInput(
             "the benchmarks are in hwprune's source tree: clone it, and install it with pip install -e ."
         )
-    names = names or [name for name in ("ratio_update", "masked_conv") if name in known]
+    names = names or ["ratio_update", "ops"]
     for name in names:
         if name not in known:
             raise InvalidInput(f"there is no benchmark {name!r}; there are {', '.join(known)}")
