@@ -98,9 +98,8 @@ class IncReg(Method):
         self._owner = torch.from_numpy(np.repeat(np.arange(len(groups)), groups.widths)).to(device)  # [ΣC]
         self._first = torch.from_numpy(groups.offsets[:-1]).to(device)  # [G]
         self._steps = Steps(context)
-        self._quota = torch.from_numpy(groups.widths - context.maximum).to(
-            device
-        )  # [G] to remove, the removed included
+        # [G] how many to remove, the removed included
+        self._quota = torch.from_numpy(groups.widths - context.maximum).to(device)
         self._pressure = torch.ones(len(groups), device=device)  # [G] A of each group, as a part of the mean
         self.factors = torch.full((groups.total,), self.constant or 0.0, device=device)  # λ
         self._mean_rank = torch.zeros(groups.total, device=device)
@@ -305,6 +304,7 @@ class IncReg(Method):
         if stage.done or step + 1 < stage.start + stage.length:
             return
         accuracy = self._accuracy()
+        self.factors.zero_()
         stage.start = step + 1
         if accuracy >= self.floor - _TOLERANCE:
             stage.origin = self._price()
@@ -328,7 +328,6 @@ class IncReg(Method):
             value.copy_(feasible["model"][key])
         self.removed.copy_(feasible["removed"])
         self._quota.copy_(feasible["quota"])
-        self.factors.zero_()
         self._mean_rank.zero_()
         self._seen = 0
 
