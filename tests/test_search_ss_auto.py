@@ -139,6 +139,35 @@ def test_one_run_finds_a_planted_pattern_of_rows_and_columns(kind):
         torch.testing.assert_close(first[~rows][:, :, 0, 0][survivors], goal[0][~rows][:, :, 0, 0][survivors])
 
 
+def test_gradients_gain_the_pull_to_every_copy():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3))
+    x = torch.randn(1, 4, 7, 7)
+    program = trace(model, (x,))
+    cost = flops_model(program)
+    options = {"prox": "l21", "columns": "on", "rho": (0.3, 0.3), "interval": 100}
+    with Search(
+        "ss_auto", model, program.groups, cost, BudgetController(0.5 * cost.dense, cost.dense), 100, options
+    ) as run:
+        method = run.method
+        model(x).sum().mul(0).backward()
+        method._row_limits.copy_(torch.rand(8) * 2)
+        method._column_limits.copy_(torch.rand(36 + 72) * 2)
+        rows, columns = method._norms()
+        run.after_backward(1)
+        of_rows, of_columns = (
+            1 - (1 - limits / norms).clamp_min(0)
+            for limits, norms in ((method._row_limits, rows), (method._column_limits, columns))
+        )
+        first, second = model[0].weight, model[2].weight
+        pull = of_rows[:, None, None, None] + of_columns[:36].view(3, 3, 4).permute(2, 0, 1)
+        torch.testing.assert_close(first.grad, 0.3 * pull * first.detach())
+        pull = of_rows[:, None, None] + of_columns[36:].view(3, 3, 8).permute(2, 0, 1)
+        torch.testing.assert_close(second.grad, 0.3 * pull * second.detach())
+        torch.testing.assert_close(model[0].bias.grad, 0.3 * of_rows * model[0].bias.detach())
+        by_hand = second.detach().square().sum(0).permute(1, 2, 0).flatten()
+        torch.testing.assert_close(columns[36:], (by_hand / by_hand.mean()).sqrt())
+
+
 # -- on networks
 
 
