@@ -45,11 +45,13 @@ def batches(count, seed=0, size=16):
         yield x, y
 
 
-def staircase(widths=WIDTHS, tile=4):
+def staircase(widths=WIDTHS, tile=4, weights=(0.1, 0.1)):
     """Every group costs its width in tiles."""
     knots = [np.unique([1, *range(tile, width + 1, tile), width]) for width in widths]
     axes = tuple(CostAxis(np.array([g]), np.array([1]), 0, k) for g, k in enumerate(knots))
-    return CostModel("ms", np.array(widths), axes, tuple(CostTerm(f"t{g}", (g,), k / 10) for g, k in enumerate(knots)))
+    return CostModel(
+        "ms", np.array(widths), axes, tuple(CostTerm(f"t{g}", (g,), weights[g] * k) for g, k in enumerate(knots))
+    )
 
 
 def start(model=None, fraction=0.5, steps=STEPS, cost=None, held_out=True, ramp=None, seed=0, **kwargs):
@@ -259,6 +261,10 @@ def test_found_widths_that_fit_are_allocated_as_they_are():
     assert exactly.widths.tolist() == [5, 3]
     assert (more.widths >= [5, 3]).all() and more.widths.sum() == 9
     assert (less.widths <= [5, 3]).all() and less.widths.sum() == 7
+    uneven = staircase((8, 12), tile=1, weights=(4.0, 1.0))
+    _, run = start(cost=uneven)
+    near = DAIS.allocate(run.context.groups, uneven, torch.tensor([5.0, 7.0]), run.ranking(), 24.0)
+    assert near.widths.tolist() == [5, 4], "[4, 8] fits as well, but has a channel that was turned off"
 
 
 def test_annealing_closes_the_gap_between_relaxed_and_hard():

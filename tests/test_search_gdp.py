@@ -101,12 +101,12 @@ def test_the_gate_is_the_smoothed_count():
 
 def test_a_step_follows_the_gradient_of_the_gate():
     method = start(fraction=1.0, options={"momentum": 0.0, "lr": 1e-3, "balance": 1.0})[1].method  # nothing is charged
-    method.x = torch.linspace(0.3, 3, 20)
+    method.x, method._epsilon = torch.linspace(0.3, 3, 20), 0.25
     x = method.x.double().requires_grad_()
     (x.square() / (x.square() + method._epsilon)).sum().backward()
     before = method.x.clone()
     drive(method, 1, lambda step: torch.full((20,), 5.0))
-    torch.testing.assert_close(before - method.x, 1e-3 * x.grad.float(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(before - method.x, 1e-3 * 0.25 * x.grad.float(), rtol=1e-2, atol=1e-6)
 
 
 def test_the_search_starts_at_the_network_it_was_given():
@@ -205,11 +205,12 @@ def test_gates_are_absorbed_without_a_jump_and_zeros_cut_without_one(activation,
     with Search("gdp", model, program.groups, cost, BudgetController(0.5 * cost.dense, cost.dense), 10) as run:
         run.method.x = torch.rand(20) + 0.1
         run.method.x[[1, 4, 9, 10, 17]] = 0
+        run.method._score[1] = 100.0  # whatever it once was, it is gone
         run.before_step(0)
         gated = model(x)
         assert not torch.allclose(gated, program(x), rtol=1e-3)
     assert torch.equal(model(x), gated)
-    assert run.before_step(0) is None and torch.equal(model(x), gated), "a gate must not count twice"
+    assert run.method.masks(1) is None, "a gate must not count twice"
     found = run.result()
     assert found.widths.tolist() == [6, 9] and not found.fills_budget
     keep = keep_top(program.groups, found.widths.numpy(), found.ranking)
@@ -239,6 +240,8 @@ def test_found_widths_that_fit_are_kept_and_otherwise_only_shrink():
     assert allocate(19.0, minimum=np.array([1, 11])).tolist() == [5, 11]
     with pytest.raises(InfeasibleBudget):
         allocate(1.0)
+    cost = linear_cost(WIDTHS, (4.0, 1.0))
+    assert allocate(24.0).tolist() == [5, 4], "[4, 8] would fit, but nothing is behind the eighth channel"
 
 
 # -- the search
