@@ -223,11 +223,10 @@ def _convolve(
     """
     form = layout(x)
     x = x.contiguous(memory_format=form)
-    if a is not None:
-        weight = weight * a.view(-1, 1, 1, 1)
+    a = a if a is None or outs is None else a.index_select(0, outs)
     b = b if b is None or outs is None else b.index_select(0, outs)
     if columns is not None:
-        return _columns_forward(x, weight, outs, b, geometry, columns, form)
+        return _columns_forward(x, weight, outs, a, b, geometry, columns, form)
     stride, padding, dilation, groups = geometry
     small = _rows(weight, outs)
     if groups > 1:
@@ -236,9 +235,11 @@ def _convolve(
         groups = len(small)
     elif in_mask is not None:
         ins = _active(in_mask)
-        small = small * in_mask.view(1, -1, 1, 1)
         if ins is not None:
-            x, small = _gather(x, ins, None, form), small.index_select(1, ins)
+            x, small, in_mask = _gather(x, ins, None, form), small.index_select(1, ins), in_mask.index_select(0, ins)
+        small = _times(small, in_mask.view(1, -1, 1, 1))
+    if a is not None:
+        small = _times(small, a.view(-1, 1, 1, 1))
     if x.numel() == 0 or small.numel() == 0:
         y = torch.empty(output_shape(x, small.shape, geometry), memory_format=form)
         return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
@@ -285,13 +286,14 @@ def _backward_weight(
         return found.contiguous()
     if ins is not None:
         found = found.new_zeros(shape).index_copy(1, ins, found)
-    return (found * in_mask.view(1, -1, 1, 1)).contiguous()
+    return _times(found, in_mask.view(1, -1, 1, 1)).contiguous()
 
 
 def _columns_forward(
     x: Tensor,
     weight: Tensor,
     outs: Tensor | None,
+    a: Tensor | None,  # [len(outs)]
     b: Tensor | None,  # [len(outs)]
     geometry: Geometry,
     columns: Tensor,
@@ -299,6 +301,7 @@ def _columns_forward(
 ) -> Tensor:
     """The product over the listed columns only, a few images at a time. [N, len(outs), Ho, Wo]"""
     listed = _listed(weight, outs, columns)
+    listed = listed if a is None else _times(listed, a.view(-1, 1))
     shape = (x.shape[0], len(listed), *output_shape(x, weight.shape, geometry)[2:])
     y = torch.empty(shape, memory_format=form)
     if listed.numel() == 0 or y.numel() == 0:
@@ -405,6 +408,11 @@ def _active(mask: Tensor | None) -> Tensor | None:
         return None
     index = mask.nonzero()[:, 0]
     return None if len(index) == len(mask) else index
+
+
+def _times(weight: Tensor, factors: Tensor) -> Tensor:
+    """weight ⊙ factors, which are often all 1: a weight may be larger than what it is multiplied with."""
+    return weight if bool((factors == 1).all()) else weight * factors
 
 
 def _rows(weight: Tensor, outs: Tensor | None) -> Tensor:

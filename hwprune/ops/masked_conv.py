@@ -217,11 +217,19 @@ def _plain(
 
 
 def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None, requested: str) -> Any:
-    """The module of functions that runs `op` on these tensors."""
+    """The module of functions that runs the convolution `op` on these tensors."""
     refusals = {name: _refusal(name, x, weight, groups, columns) for name in _MODULES}
     preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
     if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS:
         preference = ("reference",)
+    return import_module(_MODULES[_native.choose(op, requested, refusals, preference)])
+
+
+def _pointwise_backend(op: str, x: Tensor, requested: str) -> Any:
+    """The module of functions that runs what follows a convolution, `op`, on its result."""
+    weight = x.new_empty(x.shape[1], 1, 1, 1)  # backends ask for one
+    refusals = {name: _refusal(name, x, weight, 1, None) for name in _MODULES}
+    preference = _PREFERENCE.get(x.device.type, ("reference",))
     return import_module(_MODULES[_native.choose(op, requested, refusals, preference)])
 
 
@@ -417,8 +425,7 @@ def _epilogue_backward(
     act: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weight = raw.new_empty(raw.shape[1], 1, 1, 1)  # the epilogue knows no weight, and its backend asks for one
-    functions = _backend("masked_conv2d", raw, weight, 1, None, backend)
+    functions = _pointwise_backend("masked_conv2d", raw, backend)
     grad_raw, grad_residual, *per_channel = functions.backward_epilogue(
         grad_y, raw, out_mask, scale, shift, residual, act
     )
@@ -543,7 +550,7 @@ def _bn(
     eps: float,
     backend: str,
 ) -> Tensor:
-    functions = _backend("masked_bn_act", x, x.new_empty(x.shape[1], 1, 1, 1), 1, None, backend)
+    functions = _pointwise_backend("masked_bn_act", x, backend)
     y: Tensor = functions.bn_act(x, sums, squares, weight, bias, mask, residual, act, eps)[0]
     return y.contiguous(memory_format=layout(x))
 
@@ -578,7 +585,7 @@ def _bn_backward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    functions = _backend("masked_bn_act", x, x.new_empty(x.shape[1], 1, 1, 1), 1, None, backend)
+    functions = _pointwise_backend("masked_bn_act", x, backend)
     grad_x, *affine, grad_mask, grad_residual = functions.bn_act_backward(
         grad_y, x, sums, squares, weight, bias, mask, residual, act, eps
     )
