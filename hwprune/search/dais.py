@@ -17,10 +17,10 @@ equally fast at all temperatures; α left where it is once the slope of its indi
 gradient put on the scale of the cost's, so that one set of coefficients fits all networks; the form of the symmetry
 term. Different on purpose: log T falls linearly, where a third party has 1/T rise linearly to 50, which spends the
 annealing before the budget is in force (resnet8 on digits, 200 steps, half of the FLOPs, two seeds: 19 and 23 % of the
-indicators undecided at the end, and 10 % of them so); the branch is decided by hard counts, as at high T the relaxed cost is far from that
-of the network which is left (by a quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at least one step of the
-cost's table, as a narrower one between two plateaus could never be entered. The layers that are added share one
-indicator per coupled channel, so that their rates are equal as they stand.
+indicators undecided at the end, and 10 % of them so); the branch is decided by hard counts, as at high T the relaxed
+cost is far from that of the network which is left (by a quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at
+least one step of the cost's table, as a narrower one between two plateaus could never be entered. The layers that are
+added share one indicator per coupled channel, so that their rates are equal as they stand.
 """
 
 import math
