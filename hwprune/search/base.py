@@ -202,6 +202,25 @@ class Method(ABC):
         """
         return None
 
+    def within_budget(self) -> Tensor:
+        """What :meth:`allocate` makes of :meth:`ranking` and :meth:`values` at the budget of the search. [G]
+
+        For methods that find no widths of their own.
+        """
+        context = self.context
+        full = torch.from_numpy(context.groups.widths)
+        chosen = self.allocate(
+            context.groups,
+            context.cost,
+            full,
+            self.ranking(),
+            context.controller.budget,
+            value=self.values(),
+            minimum=context.minimum,
+            pinned=context.pinned,
+        )
+        return torch.from_numpy(chosen.widths).double()
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs: tensors and plain values."""
         return {}
@@ -296,8 +315,8 @@ class SearchResult:
     """What a search found, for ``method_class(name).allocate``.
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
-    per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`. columns:
-    see :meth:`Method.columns`.
+    per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`.
+    columns: see :meth:`Method.columns`.
     """
 
     widths: Tensor

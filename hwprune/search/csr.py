@@ -81,18 +81,7 @@ class CSR(Method):
         self._solved()
 
     def widths(self) -> Tensor:
-        context = self.context
-        chosen = self.allocate(
-            context.groups,
-            context.cost,
-            torch.from_numpy(context.groups.widths),
-            self.ranking(),
-            context.controller.budget,
-            value=self.values(),
-            minimum=context.minimum,
-            pinned=context.pinned,
-        )
-        return torch.from_numpy(chosen.widths).double()
+        return self.within_budget()
 
     def ranking(self) -> Tensor:
         """How late each channel is given up, from 1 / C to 1."""

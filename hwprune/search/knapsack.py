@@ -66,18 +66,7 @@ class Knapsack(Method):
             self._add(torch.autograd.grad(held_out.loss(mask), mask)[0])
 
     def widths(self) -> Tensor:
-        context = self.context
-        chosen = self.allocate(
-            context.groups,
-            context.cost,
-            torch.from_numpy(context.groups.widths),
-            self.ranking(),
-            context.controller.budget,
-            value=self.values(),
-            minimum=context.minimum,
-            pinned=context.pinned,
-        )
-        return torch.from_numpy(chosen.widths).double()
+        return self.within_budget()
 
     def ranking(self) -> Tensor:
         return (self._saliency / max(1, self._draws)).clamp_min(_LEAST)

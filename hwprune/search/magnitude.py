@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,17 +43,7 @@ class Magnitude(Method):
         self.kind = kind
 
     def widths(self) -> Tensor:
-        context = self.context
-        chosen = self.allocate(
-            context.groups,
-            context.cost,
-            torch.from_numpy(context.groups.widths),
-            self.ranking(),
-            context.controller.budget,
-            minimum=context.minimum,
-            pinned=context.pinned,
-        )
-        return torch.from_numpy(chosen.widths).double()
+        return self.within_budget()
 
     def ranking(self) -> Tensor:
         return importance(self.context.model, self.context.groups, self.kind)
