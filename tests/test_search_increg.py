@@ -287,6 +287,17 @@ def test_increments_are_scaled_by_price(pretrained):
     run.close()
 
 
+def test_removed_channels_get_no_gradient(pretrained):
+    model, run = start(pretrained)
+    run.method.removed[[2, 20]] = True
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.after_backward(0)
+    assert not model[0].weight.grad[2].any() and not model[3].weight.grad[:, 2].any() and not model[4].bias.grad[4]
+    assert model[0].weight.grad[3].all() and model[3].weight.grad[5, 3].all()
+    run.close()
+
+
 def test_without_steps_the_least_channels_go(pretrained):
     _, run = start(pretrained, steps=0)
     with run:

@@ -267,6 +267,7 @@ def test_the_first_batch_shows_whether_columns_pay(pretrained):
         train(model, 20, run)
     log, method = run.log(), run.method
     assert log["half_columns_time"] > 0 and 0 <= log["columns_pay"] <= 3
+    assert log["columns_pay"] == (method._convs._times[:, 0] <= 0.95).sum()
     assert log["columns_pay"] or method.columns() is None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -285,7 +286,7 @@ def test_without_steps_the_least_channels_go(pretrained):
     assert (run.ranking() > 0).all() and run.method.columns() is None
 
 
-@pytest.mark.parametrize("options", [{"columns": "on"}, {"columns": "off", "prox": "reweighted", "interval": 7}])
+@pytest.mark.parametrize("options", [{"columns": "on"}, {"columns": "on", "prox": "reweighted", "interval": 7}])
 def test_a_resumed_search_ends_the_same(pretrained, options, tmp_path):
     model, whole = start(pretrained, options=options, seed=3, steps=60)
     with whole:
