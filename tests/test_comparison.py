@@ -99,13 +99,14 @@ def test_a_summary_has_means_and_deviations(finished):
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    common = ["compare", "resnet8", "--data", "digits", "--out", str(tmp_path), "--profile-seconds", "1"]
     for arguments, cause in (
         (["--methods", "nosuch"], "unknown"),
         (["--budgets", "fast"], "not understood"),
         (["--methods", "uniform", "--budgets", "1%flops"], "below the floor"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            main(["compare", "resnet8", "--data", "digits", "--out", str(tmp_path), "--profile-seconds", "1", *arguments])
+            main([*common, *arguments])
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and cause in error and "Traceback" not in error
 

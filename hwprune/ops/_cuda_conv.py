@@ -133,10 +133,12 @@ def backward_epilogue(
     act: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of raw, residual, out_mask, scale and shift; None where there was no argument."""
-    gradients = [None if each is None else torch.zeros_like(each) for each in (out_mask, scale, shift)]
+    grad_mask, grad_scale, grad_shift = (
+        None if each is None else torch.zeros_like(each) for each in (out_mask, scale, shift)
+    )
     affine = _Affine(raw, residual, act, 0.0, out_mask, scale, shift, None, None)
-    grad_raw, grad_residual = affine.backward(grad_y, *gradients, None, None)
-    return grad_raw, grad_residual, *gradients
+    grad_raw, grad_residual = affine.backward(grad_y, grad_mask, grad_scale, grad_shift, None, None)
+    return grad_raw, grad_residual, grad_mask, grad_scale, grad_shift
 
 
 def bn_act(
