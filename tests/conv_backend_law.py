@@ -19,9 +19,9 @@ class Case:
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    in_mask: str = "absent"  # or "some", "runs" (whole aligned octets), "nothing" or "all"
+    in_mask: str = "absent"  # or "some", "runs" (aligned octets), "shifted" (others), "nothing" or "all"
     out_mask: str = "absent"
-    columns: str = "absent"  # or "some", "runs", "nothing"
+    columns: str = "absent"  # or "some", "runs", "shifted", "nothing"
     epilogue: bool = True
     act: str = "silu"
     dtype: torch.dtype = torch.bfloat16
@@ -60,7 +60,8 @@ CASES = [
     *(Case((8, 16), memory="unaligned", dtype=dtype) for dtype in (torch.bfloat16, F32)),
     *(Case((8, 16), epilogue=False, act="none", dtype=dtype, **MASKS) for dtype in (torch.bfloat16, F32)),
     *(Case((16, 16), in_mask=i, out_mask=o) for i, o in [("nothing", "absent"), ("absent", "nothing"), ("all", "all")]),
-    *(Case((16, 16), columns=kind) for kind in ("runs", "nothing")),
+    *(Case((16, 16), columns=kind) for kind in ("runs", "shifted", "nothing")),
+    Case((32, 32), in_mask="shifted", out_mask="shifted"),
     Case((1, 1), image=(1, 1, 1)),
     Case((3, 5), image=(1, 11, 13)),
     Case((65, 33), image=(1, 5, 6), kernel=(1, 1), padding=(0, 0), **MASKS),
@@ -101,6 +102,7 @@ def mask(kind, channels):
     keep = {
         "some": torch.rand(channels) < 0.5,
         "runs": (torch.arange(channels) // 8) % 2 == 1,
+        "shifted": (torch.arange(channels) + 4) // 8 % 2 == 1,
         "nothing": torch.zeros(channels, dtype=torch.bool),
         "all": torch.ones(channels, dtype=torch.bool),
     }[kind]
@@ -110,8 +112,9 @@ def mask(kind, channels):
 def columns(kind, count):
     if kind == "absent":
         return None
-    if kind == "runs":
-        return torch.arange(count).view(-1, 8)[::3].flatten()
+    if kind in ("runs", "shifted"):
+        octets = torch.arange(count).view(-1, 8)[::3].flatten()
+        return octets if kind == "runs" else octets + 4
     return torch.arange(count)[torch.rand(count) < (0.3 if kind == "some" else -1)]
 
 

@@ -130,7 +130,8 @@ void affine_backward(const ChannelAffine& a, Address grad_y, Address grad_x, Add
 
 void bind_masked_conv(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::class_<Convolution>(module, "Convolution", "The extents, formats and masks of masked_conv.cuh's launches.")
+  py::class_<Convolution>(module, "Convolution", py::module_local(),
+                          "The extents, formats and masks of masked_conv.cuh's launches.")
       .def(py::init(&convolution), py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("height"),
            py::arg("width"), py::arg("out_channels"), py::arg("out_height"), py::arg("out_width"),
            py::arg("kernel_height"), py::arg("kernel_width"), py::arg("stride_height"), py::arg("stride_width"),
@@ -148,7 +149,8 @@ void bind_masked_conv(py::module_& module) {
              release());
   module.def("masked_conv_backward_weight", &backward_weight, py::arg("conv"), py::arg("grad_raw"), py::arg("x"),
              py::arg("grad_weight"), py::arg("workspace"), py::arg("stream"), release());
-  py::class_<ChannelAffine>(module, "ChannelAffine", "The sizes and inputs of masked_conv.cuh's elementwise launches.")
+  py::class_<ChannelAffine>(module, "ChannelAffine", py::module_local(),
+                            "The sizes and inputs of masked_conv.cuh's elementwise launches.")
       .def(py::init(&affine), py::kw_only(), py::arg("pixels"), py::arg("channels"), py::arg("number"), py::arg("act"),
            py::arg("eps"), py::arg("x"), py::arg("residual"), py::arg("mask"), py::arg("scale"), py::arg("shift"),
            py::arg("sums"), py::arg("squares"))
