@@ -4,8 +4,9 @@
 #   make test       the whole test suite
 #   make check      ruff, mypy, clang-format, then the tests
 #   make sanitize   the native code of the CPU under AddressSanitizer and ThreadSanitizer
+#   make sanitize   the native code of the CPU under AddressSanitizer and ThreadSanitizer
 #   make bench      reproduce benchmarks/results on this machine
-#   make gpu-check  tests and benchmarks on a CUDA device
+#   make gpu-check  tests, compute-sanitizer and benchmarks on a CUDA device, in parts that can be resumed
 #   make wheel      sdist and wheel into dist/
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_FLAGS=... adds to every pip install (an index for a CPU-only torch, say).
@@ -58,9 +59,10 @@ sanitize:
 		build/sanitize-$$kind; \
 	done
 
-# bench_cifar10.py needs data and hours; benchmarks/README.md has its commands.
+# What needs data of the user's has its commands in benchmarks/README.md.
+NEED_DATA := benchmarks/bench_cifar10.py benchmarks/bench_training_free.py
 bench: $(VENV)/test.installed
-	set -e; for bench in $(filter-out %/bench_cifar10.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$bench; done
+	set -e; for bench in $(filter-out $(NEED_DATA),$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$bench; done
 
 # Goes on with what has not passed at this commit; PARTS="tests ratio_update" chooses.
 gpu-check: $(VENV)/test.installed
