@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -17,6 +19,7 @@ from hwprune import artifact
 from hwprune.errors import CorruptArtifact, InvalidInput
 from hwprune.graph import cut, keep_top, trace
 from hwprune.models import load_model
+from hwprune.nn import ColumnPrunedConv2d, prune_columns_
 
 
 def dense(seed=0):
@@ -69,6 +72,34 @@ def test_both_forms_compute_what_was_saved(saved):
     assert type(rebuilt) is type(dense())
     assert not rebuilt.training
     assert sum(p.numel() for p in rebuilt.parameters()) < sum(p.numel() for p in dense().parameters())
+
+
+def test_pruned_columns_survive_in_both_forms(tmp_path):
+    """Convolutions that compute only some columns are built again, and run in a process that knows no model."""
+    model = dense().eval()
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    program = trace(model, (x,))
+    groups = program.groups
+    keep = keep_top(groups, np.maximum(1, groups.widths // 2), np.arange(groups.total))
+    smaller = cut(model, program, keep)
+    name = "layer2.0.conv1.weight"
+    columns = torch.rand(model.get_parameter(name)[0].numel(), generator=torch.Generator().manual_seed(2)) < 0.5
+    assert prune_columns_(smaller.module, {name: columns}, groups, keep) == 1
+    module = smaller.module.eval()
+    artifact.save(tmp_path, module, program=program, keep=keep, kind=smaller.kind, model="resnet8")
+    with torch.no_grad():
+        expected = module(x)
+        rebuilt = hwprune.load(tmp_path, lambda: dense(seed=5))
+        assert isinstance(rebuilt.layer2[0].conv1, ColumnPrunedConv2d)
+        torch.testing.assert_close(rebuilt(x), expected)
+    torch.save(x, tmp_path / "x.pt")
+    code = """if True:
+        import sys, torch, hwprune
+        y = hwprune.load(sys.argv[1])(torch.load(sys.argv[1] + "/x.pt"))
+        torch.save(y, sys.argv[1] + "/y.pt")
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt").detach(), expected)
 
 
 def test_spec_tells_the_story(saved):
