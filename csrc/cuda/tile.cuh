@@ -77,7 +77,7 @@ __device__ void load_tile(unsigned char* tile, const T* source, int height, int 
   }
   constexpr int kRowStep = kThreads / kColumns;
   static_assert(kRows % kRowStep == 0, "every thread loads the same number of elements");
-#pragma unroll 8
+#pragma unroll(sizeof(T) == 2 ? 8 : 4)  // more floats would spill
   for (int i = 0; i < kRows / kRowStep; ++i) {
     const int row = threadIdx.x / kColumns + i * kRowStep;
     const Row at = rows[row];
@@ -164,32 +164,38 @@ __device__ void multiply_columns(TensorCores<T>, const unsigned char* a, const u
                                  Accumulators<kM, kN>& acc) {
   const int lane = threadIdx.x % 32;
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)  // addresses of single floats fill the registers
-  for (int k = 0; k < kStep<T>; k += kStep<T> / 2) {
-    uint32_t left[kM][4], right[kN / 2][4];
-    if constexpr (sizeof(T) == 2) {
+  for (int half = 0; half < 2; ++half) {
+    const int k = half * (kStep<T> / 2);  // said so, its low bits are known to be 0
+    uint32_t left[kM][4];
 #pragma unroll
-      for (int i = 0; i < kM; ++i)
+    for (int i = 0; i < kM; ++i) {
+      if constexpr (sizeof(T) == 2) {
         load_matrices_transposed(left[i],
                                  a + Tile<T, kA>::element(k + lane % 8 + lane / 16 * 8, m + 16 * i + lane / 8 % 2 * 8));
+      } else {
 #pragma unroll
-      for (int j = 0; j < kN / 2; ++j)
-        load_matrices_transposed(right[j], b + Tile<T, kB>::element(k + lane % 16, n + 16 * j + lane / 16 * 8));
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int step = k + lane % 4;
-        for (int i = 0; i < kM; ++i)
+        for (int e = 0; e < 4; ++e)
           left[i][e] = round_to_tf32(*reinterpret_cast<const uint32_t*>(
-              a + Tile<T, kA>::element(step + e / 2 * 4, m + 16 * i + lane / 4 + e % 2 * 8)));
-        for (int j = 0; j < kN / 2; ++j)
-          right[j][e] = round_to_tf32(*reinterpret_cast<const uint32_t*>(
-              b + Tile<T, kB>::element(step + e % 2 * 4, n + 16 * j + lane / 4 + e / 2 * 8)));
+              a + Tile<T, kA>::element(k + lane % 4 + e / 2 * 4, m + 16 * i + lane / 4 + e % 2 * 8)));
       }
     }
 #pragma unroll
-    for (int i = 0; i < kM; ++i)
+    for (int j = 0; j < kN; j += 2) {
+      uint32_t right[4];
+      if constexpr (sizeof(T) == 2) {
+        load_matrices_transposed(right, b + Tile<T, kB>::element(k + lane % 16, n + 8 * j + lane / 16 * 8));
+      } else {
 #pragma unroll
-      for (int j = 0; j < kN; ++j) mma<T>(acc[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+        for (int e = 0; e < 4; ++e)
+          right[e] = round_to_tf32(*reinterpret_cast<const uint32_t*>(
+              b + Tile<T, kB>::element(k + lane % 4 + e % 2 * 4, n + 8 * j + lane / 4 + e / 2 * 8)));
+      }
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        mma<T>(acc[i][j], left[i], right[0], right[1]);
+        mma<T>(acc[i][j + 1], left[i], right[2], right[3]);
+      }
+    }
   }
 }
 
