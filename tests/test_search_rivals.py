@@ -180,6 +180,21 @@ def test_the_knapsack_is_solved_exactly(pretrained):
         assert found >= best - 1e-4 * sum(float(np.ptp(v)) for v in values)
 
 
+def test_what_a_round_leaves_out_stays_out_and_the_last_round_fits_the_budget(pretrained):
+    model, run = start(pretrained, "knapsack", options={"rounds": 4})
+    left = [run.method._alive.clone()]
+    with run:
+        for start_ in range(0, STEPS, 5):
+            train(model, STEPS, run, start=start_, until=start_ + 5)
+            left.append(run.method._alive.clone())
+    assert all((after <= before).all() for before, after in itertools.pairwise(left))
+    assert [int(after.sum()) for after in left] == sorted((int(after.sum()) for after in left), reverse=True)
+    assert left[0].all() and 0 < left[-1].mean() < 1
+    widths = np.array([int(part.sum()) for part in left[-1].split(list(WIDTHS))])
+    assert run.context.cost.price(widths) <= run.context.controller.budget
+    assert (allocated(run, 0.5)[0] <= widths).all()  # the dead are worth nothing
+
+
 def test_an_overflowing_step_leaves_no_trace_in_the_saliencies(pretrained):
     _, run = start(pretrained, "knapsack")
     run.before_step(0)

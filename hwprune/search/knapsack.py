@@ -5,10 +5,12 @@ order of what the loss changes when the channel goes. A mask of ones gives that 
 group are sorted by it, and keeping n of them is worth the sum of the n largest. The most valuable widths whose price
 fits the budget are then a knapsack, whose items are ordered within a group.
 
-From the paper: saliency, ordering, and the objective. Different on purpose: members of a coupled group are summed with
-their signs, as one mask acts on all of them; the price is that of whole networks on the measured table, where the
-paper adds a latency per channel; the problem is solved exactly, where the paper has a dynamic programme; and it is
-solved once, where the paper prunes in several rounds.
+It is solved in rounds, under a budget that falls from the dense latency to the one asked for: what a round leaves out
+is off from then on, and the saliencies of what is left are taken anew.
+
+From the paper: saliency, ordering, the objective, and the rounds. Different on purpose: members of a coupled group are
+summed with their signs, as one mask acts on all of them; the price is that of whole networks on the measured table,
+where the paper adds a latency per channel; and the problem is solved exactly, where the paper has a dynamic programme.
 """
 
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hwprune.errors import InvalidInput
+from hwprune.graph import keep_top
 from hwprune.search.base import Context, Method
 
 _LEAST = 1e-12
@@ -28,6 +31,8 @@ class Knapsack(Method):
     """Keeps the channels of most first-order Taylor saliency that fit the budget.
 
     Args:
+        rounds: how often the knapsack is solved while the budget falls, over the first half of the steps; the
+            saliencies behind the allocation are those since the last round. 0: once, at the end.
         batches: held-out batches that give the saliencies of a search without steps.
     """
 
@@ -35,9 +40,10 @@ class Knapsack(Method):
     summary = "latency-saliency knapsack: most Taylor saliency within the budget"
     source = "HALP, Shen et al., NeurIPS 2022 (arXiv 2110.10811), solved exactly"
 
-    def __init__(self, batches: int = 16) -> None:
-        if batches < 1:
-            raise InvalidInput(f"batches={batches} must be at least 1")
+    def __init__(self, rounds: int = 8, batches: int = 16) -> None:
+        if batches < 1 or rounds < 0:
+            raise InvalidInput(f"batches={batches} must be at least 1, and rounds={rounds} at least 0")
+        self.rounds = rounds
         self.batches = batches
 
     def setup(self, context: Context) -> None:
@@ -46,16 +52,42 @@ class Knapsack(Method):
             raise InvalidInput("the saliencies need gradients: search for one step at least, or give held-out images")
         self._saliency = torch.zeros(context.groups.total, device=context.device)
         self._draws = 0
+        self._alive = torch.ones_like(self._saliency)  # 0 for what a round left out
         self._mask: Tensor | None = None
+        self._interval = max(1, -(-context.steps // (2 * self.rounds))) if self.rounds else 0
 
     def masks(self, step: int) -> Tensor:
-        self._mask = torch.ones_like(self._saliency).requires_grad_()
+        self._mask = self._alive.clone().requires_grad_()
         return self._mask
 
     def after_backward(self, step: int) -> None:
         if self._mask is None or self._mask.grad is None:
             raise InvalidInput("the loss does not depend on the masked channels; call before_step before the forward")
         self._add(self._mask.grad)
+
+    def after_step(self, step: int) -> None:
+        done = step + 1
+        last = min(self.rounds * self._interval, self.context.steps - 1)  # a draw has to follow
+        if self._interval and done % self._interval == 0 and done <= last:
+            self._leave_out(self.context.controller.target(done))
+
+    def _leave_out(self, budget: float) -> None:
+        """Solve the knapsack for what is left, and turn off what it leaves out."""
+        context, ranking = self.context, self.ranking()
+        chosen = self.allocate(
+            context.groups,
+            context.cost,
+            torch.from_numpy(context.groups.widths),
+            ranking,
+            budget,
+            value=self.values(),
+            minimum=context.minimum,
+            pinned=context.pinned,
+        )
+        keep = keep_top(context.groups, chosen.widths, ranking.cpu().numpy())
+        self._alive *= torch.from_numpy(keep).to(self._alive)
+        self._saliency.zero_()
+        self._draws = 0
 
     def finish(self) -> None:
         held_out = self.context.held_out
@@ -69,13 +101,13 @@ class Knapsack(Method):
         return self.within_budget()
 
     def ranking(self) -> Tensor:
-        return (self._saliency / max(1, self._draws)).clamp_min(_LEAST)
+        return (self._alive * self._saliency / max(1, self._draws)).clamp_min(_LEAST)
 
     def values(self) -> Tensor:
         return summed_from_the_top(self.ranking(), self.context.groups.widths)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"saliency": self._saliency.clone(), "draws": self._draws}
+        return {"saliency": self._saliency.clone(), "alive": self._alive.clone(), "draws": self._draws}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["saliency"].shape != self._saliency.shape:
@@ -84,11 +116,12 @@ class Knapsack(Method):
                 f"{len(self._saliency)}. Resume with the network it was made with"
             )
         self._saliency.copy_(state["saliency"])
+        self._alive.copy_(state["alive"])
         self._draws = state["draws"]
 
     def log(self) -> dict[str, float]:
-        """Mean saliency of all channels, in the unit of the loss."""
-        return {"saliency": float(self.ranking().mean())}
+        """Mean saliency of all channels, in the unit of the loss, and the share of them that is left."""
+        return {"saliency": float(self.ranking().mean()), "kept": float(self._alive.mean())}
 
     def _add(self, gradient: Tensor) -> None:
         if bool(gradient.isfinite().all()):  # a step that overflowed says nothing
