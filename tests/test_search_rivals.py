@@ -192,7 +192,6 @@ def test_what_a_round_leaves_out_stays_out_and_the_last_round_fits_the_budget(pr
     assert left[0].all() and 0 < left[-1].mean() < 1
     widths = np.array([int(part.sum()) for part in left[-1].split(list(WIDTHS))])
     assert run.context.cost.price(widths) <= run.context.controller.budget
-    assert (allocated(run, 0.5)[0] <= widths).all()  # the dead are worth nothing
 
 
 def test_an_overflowing_step_leaves_no_trace_in_the_saliencies(pretrained):
