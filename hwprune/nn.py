@@ -497,6 +497,32 @@ class ColumnPrunedConv2d(nn.Conv2d):
         )
 
 
+@torch.no_grad()
+def match_scales_(module: nn.Module, reference: nn.Module, groups: GroupsLike) -> None:
+    """Give weights whose outputs a norm normalises the scale that they have in ``reference``, layer by layer, in place.
+
+    Nothing that the network computes with fresh statistics depends on that scale, but training does: a step changes a
+    weight of a third of the size three times as much, and its direction nine times. Regularised searches leave such
+    weights behind (resnet20 by SS-Auto: 62.8 % right after the cut, 52 % in the first epoch of training it on).
+    Running statistics have to be measured anew afterwards.
+
+    Args:
+        module: the network, or what cutting it left: parameters are matched by name, by the root mean square of what is
+            not zero.
+        groups: the coupled channels of ``reference``.
+    """
+    names = {slot.parameter for group in groups for slot in group.slots if slot.role == "out" and slot.folded}
+    wanted, found = dict(reference.named_parameters()), dict(module.named_parameters())
+    for name in names & wanted.keys() & found.keys():
+        now, before = _root_mean_square(found[name]), _root_mean_square(wanted[name])
+        if found[name].ndim > 1 and now > 0 and before > 0:
+            found[name] *= before / now
+
+
+def _root_mean_square(weight: Tensor) -> float:
+    return float(weight.norm()) / max(1.0, float(weight.count_nonzero())) ** 0.5
+
+
 def prune_columns_(module: nn.Module, columns: Mapping[str, Tensor], groups: GroupsLike, keep: Any) -> int:
     """Make convolutions of a *cut* network compute only some columns of their unfolded input, in place.
 

@@ -30,7 +30,7 @@ from hwprune.graph import Program, cut, keep_first, keep_top, resize, segments, 
 from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, build, fingerprint, flops_model
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
-from hwprune.nn import mask_, prune_columns_
+from hwprune.nn import mask_, match_scales_, prune_columns_
 from hwprune.refit import refit_
 from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, create, method_class
 from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
@@ -706,6 +706,8 @@ class _Trainer:
             module.load_state_dict(stored)
             return
         with self.run.phase("fine-tune"):
+            if self.work.dense is not None:
+                match_scales_(module, self.work.dense, self.work.program.groups)
             recalibrate(module, self.calibration_loader, batches=50)
             cut_accuracy = self.accuracy(module)
             rows = self._fit("fine-tune", module, epochs, teacher=self.work.dense) if epochs else []

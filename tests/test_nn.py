@@ -1,5 +1,6 @@
 """Masks fold exactly, reach the flat mask with their gradients, and leave no trace when they are taken out."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from hwprune.errors import InvalidInput, UnsupportedModel
 from hwprune.graph import Follower, cut, keep_top, resize, trace
 from hwprune.models import load_model
-from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, prune_columns_, unmask_
+from hwprune.nn import ColumnPrunedConv2d, Masked, MaskedConv2d, mask_, match_scales_, prune_columns_, unmask_
 
 
 class Residual(nn.Module):
@@ -437,3 +438,23 @@ def test_absorbed_masks_leave_the_output_and_free_the_network():
     masked.absorb_(mask)
     assert torch.equal(model(x), before)
     assert torch.equal(masked.unmask_()(x), before)
+
+
+def test_scales_that_nothing_depends_on_are_those_of_the_reference_again():
+    reference, x = load_model("resnet8", classes=10), torch.randn(8, 3, 32, 32)
+    groups = trace(reference.eval(), (x,)).groups
+    model = copy.deepcopy(reference).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter[::2] = 0  # what is pruned does not count
+                parameter *= 0.3
+    linear = model.linear.weight.clone()
+    before = model(x)
+    match_scales_(model, reference, groups)
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)  # up to the eps of the norms
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 4:
+            kept, dense = parameter.detach()[1::2], reference.get_parameter(name).detach()
+            torch.testing.assert_close(kept.square().mean().sqrt(), dense.square().mean().sqrt(), rtol=1e-4, atol=0)
+    assert torch.equal(model.linear.weight, linear)
