@@ -520,7 +520,7 @@ def match_scales_(module: nn.Module, reference: nn.Module, groups: GroupsLike) -
 
 
 def _root_mean_square(weight: Tensor) -> float:
-    return float(weight.norm()) / max(1.0, float(weight.count_nonzero())) ** 0.5
+    return math.sqrt(float(weight.square().sum()) / max(1, int(weight.count_nonzero())))
 
 
 def prune_columns_(module: nn.Module, columns: Mapping[str, Tensor], groups: GroupsLike, keep: Any) -> int:
