@@ -14,6 +14,7 @@ parameter that has them is then read without them, so that the network computes 
 it will once it is cut. No activation is gathered or scattered.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, Self, TypeVar, cast
