@@ -517,7 +517,7 @@ def match_scales_(module: nn.Module, reference: nn.Module, groups: GroupsLike) -
     for name in names & wanted.keys() & found.keys():
         now, before = _root_mean_square(found[name]), _root_mean_square(wanted[name])
         if found[name].ndim > 1 and now > 0 and before > 0:
-            found[name] *= before / now
+            found[name].mul_(before / now)
 
 
 def _root_mean_square(weight: Tensor) -> float:

@@ -239,7 +239,7 @@ def test_useless_channels_go_first_and_the_budget_is_met():
     model = chain()
     model[6 + 2].weight.data[:, 4:] = 0  # two thirds of the second group reach no output, and cost the same
     model[6 + 2].weight.register_hook(lambda g: torch.cat([g[:, :4], torch.zeros_like(g[:, 4:])], 1))
-    model, run = start(model, 0.5)
+    model, run = start(model, 0.5, options={"balance": 0.3})
     with run:
         train(model, run)
     context = run.context
@@ -261,10 +261,6 @@ def test_found_widths_that_fit_are_allocated_as_they_are():
     assert exactly.widths.tolist() == [5, 3]
     assert (more.widths >= [5, 3]).all() and more.widths.sum() == 9
     assert (less.widths <= [5, 3]).all() and less.widths.sum() == 7
-    uneven = staircase((8, 12), tile=1, weights=(4.0, 1.0))
-    _, run = start(cost=uneven)
-    near = DAIS.allocate(run.context.groups, uneven, torch.tensor([5.0, 7.0]), run.ranking(), 24.0)
-    assert near.widths.tolist() == [5, 4], "[4, 8] fits as well, but has a channel that was turned off"
 
 
 def test_annealing_closes_the_gap_between_relaxed_and_hard():
