@@ -103,7 +103,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     for arguments, cause in (
         (["--methods", "nosuch"], "unknown"),
         (["--budgets", "fast"], "not understood"),
-        (["--methods", "uniform", "--budgets", "1%flops"], "below the floor"),
+        (["--methods", "uniform", "--budgets", "0.01%flops"], "below the floor"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main([*common, *arguments])
