@@ -262,3 +262,9 @@ def test_ctrl_c_says_how_to_continue(capsys, tmp_path, phase, sign):
         assert json.loads(listed)[0]["measurements"] > 0
     else:
         assert torch.load(out / "state" / "dense.checkpoint", weights_only=True)
+
+
+def test_the_package_is_the_command_line():
+    command = [sys.executable, "-m", "hwprune", "methods", "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert {"dsa", "uniform"} <= {row["name"] for row in rows} and all(row["source"] for row in rows)

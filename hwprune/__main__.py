@@ -1,0 +1,5 @@
+"""``python -m hwprune`` is the command line."""
+
+from hwprune.cli import main
+
+main()
