@@ -266,7 +266,7 @@ def test_found_widths_that_fit_are_allocated_as_they_are():
 def test_annealing_closes_the_gap_between_relaxed_and_hard():
     rows = []
     for anneal in (True, False):
-        model, run = start(options={"anneal": anneal})
+        model, run = start(options={"anneal": anneal, "balance": 1.0})
         with run:
             train(model, run)
         rows.append(run.history[-1])
@@ -361,7 +361,16 @@ def test_a_real_network_keeps_its_accuracy_at_half_of_its_flops():
     budget = 0.5 * cost.dense
     recipe = Recipe(epochs=15, lr=0.02, seed=0)
     found = search(
-        "dais", model, program.groups, cost, budget, data.train, recipe, held_out=data.validation, progress=False
+        "dais",
+        model,
+        program.groups,
+        cost,
+        budget,
+        data.train,
+        recipe,
+        options={"balance": 1.0},
+        held_out=data.validation,
+        progress=False,
     )
     chosen = DAIS.allocate(program.groups, cost, found.widths, found.ranking, budget)
     smaller = cut(model, program, keep_top(program.groups, chosen.widths, found.ranking)).module
