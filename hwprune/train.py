@@ -394,6 +394,7 @@ class _Run:
             # Each process has normalised other images: the statistics of the first are for all.
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
+            dist.barrier()  # one that left for good while another still talks to it would take it down
 
     def __enter__(self) -> None:
         pass
