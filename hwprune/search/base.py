@@ -202,8 +202,8 @@ class Method(ABC):
         """
         return None
 
-    def within_budget(self) -> Tensor:
-        """What :meth:`allocate` makes of :meth:`ranking` and :meth:`values` at the budget of the search. [G]
+    def within_budget(self, budget: float | None = None) -> Tensor:
+        """What :meth:`allocate` makes of :meth:`ranking` and :meth:`values` at a budget, by default the search's. [G]
 
         For methods that find no widths of their own.
         """
@@ -214,7 +214,7 @@ class Method(ABC):
             context.cost,
             full,
             self.ranking(),
-            context.controller.budget,
+            context.controller.budget if budget is None else budget,
             value=self.values(),
             minimum=context.minimum,
             pinned=context.pinned,
@@ -256,6 +256,35 @@ class Method(ABC):
         """
         levels = worth(cost, scaled(cost, widths, budget)) if value is None else at_levels(groups, cost, value)
         return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+
+
+def mask_gradient(mask: Tensor) -> Tensor:
+    """dL/dm of the mask of a step [ΣC]; zeros where the step overflowed: mixed precision skips it, and it says nothing.
+
+    Raises InvalidInput where the loss was not differentiated to the mask.
+    """
+    if mask.grad is None:
+        raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
+    return finite(mask.grad)
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """The gradient, or zeros where any of it is infinite or NaN."""
+    return torch.where(gradient.isfinite().all(), gradient, 0.0)
+
+
+def expect_network(**counts: tuple[int, int]) -> None:
+    """Refuse the checkpoint of another network: counts are noun -> (the checkpoint's, this search's).
+
+    Raises InvalidInput, with the counts, unless they agree.
+    """
+    if any(found != own for found, own in counts.values()):
+        theirs = " and ".join(f"{found} {noun}" for noun, (found, _) in counts.items())
+        ours = " and ".join(str(own) for _, own in counts.values())
+        raise InvalidInput(
+            f"the checkpoint's search has {theirs}; this one has {ours}. Resume with the network and options it was "
+            "made with"
+        )
 
 
 def at_levels(groups: Groups, cost: CostModel, value: Tensor) -> list[NDArray[np.float64]]:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from hwprune.errors import InvalidInput
-from hwprune.search.base import Context, Method
+from hwprune.ops.reference import group_sum
+from hwprune.search.base import Context, Method, expect_network, finite, mask_gradient
 
 _BETAS = (0.9, 0.99)  # Adam's
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
@@ -152,9 +153,7 @@ class DAIS(Method):
     def after_backward(self, step: int) -> None:
         if self._mask is None:
             return
-        if self._mask.grad is None:
-            raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
-        self._gradient += _finite(self._mask.grad)
+        self._gradient += mask_gradient(self._mask)
         self._mask = None
 
     def after_step(self, step: int) -> None:
@@ -168,7 +167,7 @@ class DAIS(Method):
         context, temperature = self.context, self.temperature_at(step)
         indicators = (self.alpha / temperature).sigmoid()
         loss_grad = self._loss_gradient(indicators)
-        soft = _sum(indicators, self._owner, len(self._full))  # [G]
+        soft = group_sum(indicators, self._owner, len(self._full))  # [G]
         cost, slope = context.cost.value_and_grad(soft)
         self._cost_soft, self._cost_hard = float(cost), float(context.cost.price(self._counts()))
         price = (slope.to(indicators) / self._cost_soft)[self._owner]  # [ΣC] d log E / dI
@@ -195,7 +194,7 @@ class DAIS(Method):
             mask = indicators.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.context.held_out.loss(mask), mask)
         self.context.masked.set(indicators)
-        return _finite(gradient)
+        return finite(gradient)
 
     def _branch(self, step: int) -> float:
         """What the log cost is multiplied by, from the price of the hard counts: above, below or within the zone."""
@@ -210,10 +209,10 @@ class DAIS(Method):
     def _asymmetry(self, soft: Tensor) -> Tensor:
         """d / dI of Σ_g |r_g - the mean of r over the groups as wide as g|, times the width. [ΣC]"""
         count = int(self._alike.max()) + 1
-        members = _sum(torch.ones_like(soft), self._alike, count)
+        members = group_sum(torch.ones_like(soft), self._alike, count)
         rate = soft / self._full
-        sign = (rate - (_sum(rate, self._alike, count) / members)[self._alike]).sign()
-        return (sign - (_sum(sign, self._alike, count) / members)[self._alike])[self._owner]
+        sign = (rate - (group_sum(rate, self._alike, count) / members)[self._alike]).sign()
+        return (sign - (group_sum(sign, self._alike, count) / members)[self._alike])[self._owner]
 
     def _adam(self, gradient: Tensor, indicators: Tensor, temperature: float, step: int) -> None:
         first, second = _BETAS
@@ -272,7 +271,7 @@ class DAIS(Method):
         self._losses = dict(zip(("loss_soft", "loss_hard"), losses, strict=True))
 
     def widths(self) -> Tensor:
-        return _sum((self.alpha > 0).double(), self._owner, len(self._full))
+        return group_sum((self.alpha > 0).double(), self._owner, len(self._full))
 
     def ranking(self) -> Tensor:
         return self.alpha.sigmoid()  # α / T would round to 0 and 1
@@ -290,11 +289,7 @@ class DAIS(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["alpha"].shape != self.alpha.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['alpha'])} channels and this network {len(self.alpha)}; "
-                "resume with the network it was made with"
-            )
+        expect_network(channels=(len(state["alpha"]), len(self.alpha)))
         self.alpha.copy_(state["alpha"])
         self._exp_avg.copy_(state["exp_avg"])
         self._exp_avg_sq.copy_(state["exp_avg_sq"])
@@ -323,13 +318,3 @@ class DAIS(Method):
             "held_out": float(self.context.held_out is not None),
             **self._losses,
         }
-
-
-def _sum(values: Tensor, index: Tensor, count: int) -> Tensor:
-    """The sum of the values with each index. [count]"""
-    return values.new_zeros(count).index_add_(0, index, values)
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    """The gradient, or zeros where a step overflowed: mixed precision skips it, and it says nothing about the masks."""
-    return torch.where(gradient.isfinite().all(), gradient, 0.0)

@@ -40,7 +40,7 @@ from hwprune.errors import InvalidInput
 from hwprune.importance import Kind, importance
 from hwprune.latency import CostModel
 from hwprune.latency.model import CostAxis, CostTerm
-from hwprune.search.base import Context, Method, create
+from hwprune.search.base import Context, Method, create, expect_network
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -401,11 +401,9 @@ class DDPNAS(Method):
         return state | {"at": self._at, "left": self._left, "picked": self._picked, "pulled": self._pulled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if len(state["widths"]) != len(self._widths) or len(state["ranks"]) != len(self._ranks):
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['widths'])} groups and {len(state['ranks'])} channels; this "
-                f"network has {len(self._widths)} and {len(self._ranks)}. Resume with the network it was made with"
-            )
+        expect_network(
+            groups=(len(state["widths"]), len(self._widths)), channels=(len(state["ranks"]), len(self._ranks))
+        )
         if self._inner is not None:
             self._inner.load_state_dict(state["inner"])
             self._inner_context.controller.load_state_dict(state["inner_controller"])

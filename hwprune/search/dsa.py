@@ -26,7 +26,7 @@ from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.importance import importance
-from hwprune.search.base import Context, Method
+from hwprune.search.base import Context, Method, expect_network, mask_gradient
 
 _SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
@@ -176,11 +176,7 @@ class DSA(Method):
     def after_backward(self, step: int) -> None:
         if self._mask is None:
             return
-        if self._mask.grad is None:
-            raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
-        # A step that overflowed (mixed precision skips it) says nothing about the masks.
-        gradient = self._mask.grad
-        gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
+        gradient = mask_gradient(self._mask)
         squares = self._squares.lerp(gradient.square(), 1 - _SQUARES_DECAY)
         if self.skips:
             dropped = self._mask.detach() < 1
@@ -256,11 +252,7 @@ class DSA(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["theta"].shape != self.theta.shape or state["p"].shape != self._p.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['theta'])} groups and {len(state['p'])} channels; this "
-                f"network has {len(self.theta)} and {len(self._p)}. Resume with the network it was made with"
-            )
+        expect_network(groups=(len(state["theta"]), len(self.theta)), channels=(len(state["p"]), len(self._p)))
         self.theta.copy_(state["theta"])
         self._exp_avg.copy_(state["exp_avg"])
         self._exp_avg_sq.copy_(state["exp_avg_sq"])

@@ -40,7 +40,8 @@ from hwprune.allocator import Allocation, allocate
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.latency import CostModel
-from hwprune.search.base import Context, Method, bounds, worth
+from hwprune.ops.reference import group_sum
+from hwprune.search.base import Context, Method, bounds, expect_network, mask_gradient, worth
 
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
 _SCORE_DECAY = 0.95  # of the running usefulness of a channel
@@ -147,10 +148,7 @@ class GDP(Method):
     def after_backward(self, step: int) -> None:
         if self._mask is None:
             return
-        if self._mask.grad is None:
-            raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
-        # A step that overflowed (mixed precision skips it) says nothing about the gates.
-        self._gradient = torch.where(self._mask.grad.isfinite().all(), self._mask.grad, 0.0)
+        self._gradient = mask_gradient(self._mask)
         # Behind a ReLU the gradient of a mask of 0 is 0: a removed channel keeps the usefulness that it had.
         seen = (self._mask.detach() * self._gradient).abs()
         self._score = torch.where(self.x > 0, self._score.lerp(seen, 1 - _SCORE_DECAY), self._score)
@@ -243,8 +241,7 @@ class GDP(Method):
 
     def widths(self) -> Tensor:
         """The number of gates that are not 0. [G]"""
-        alive = (self.x > 0).double()
-        return alive.new_zeros(len(self._full)).index_add_(0, self._owner, alive)
+        return group_sum((self.x > 0).double(), self._owner, len(self._full))
 
     def ranking(self) -> Tensor:
         """Above 1 for what is left, by x; below for zeros, by the usefulness they had. [ΣC]"""
@@ -294,11 +291,7 @@ class GDP(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["x"].shape != self.x.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['x'])} channels and this network {len(self.x)}; "
-                "resume with the network it was made with"
-            )
+        expect_network(channels=(len(state["x"]), len(self.x)))
         self.x.copy_(state["x"])
         self._velocity.copy_(state["velocity"])
         self._gradient.copy_(state["gradient"])

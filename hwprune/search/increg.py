@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
-from hwprune.search.base import Context, Method
+from hwprune.ops.reference import group_sum
+from hwprune.search.base import Context, Method, expect_network
 
 _TO_FINISH = 9  # times ceiling / A that a group's quota takes with frozen ranks: 5 to 9, by simulation
 _DEAREST = 4.0  # bounds of the price of a group's channels beside the mean one, when it scales A
@@ -170,7 +171,7 @@ class IncReg(Method):
         A channel counts with the score that it had before it was pressed. With the present one, a group that loses
         channels would be worth as much as a whole one to what is left, and be pressed on and on.
         """
-        whole = self._unpressed.new_zeros(len(self._first)).index_add_(0, self._owner, self._unpressed)
+        whole = group_sum(self._unpressed, self._owner, len(self._first))
         return mass_worth(self._unpressed.masked_fill(self.removed, 0), whole, self._owner, self._first)
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,11 +187,9 @@ class IncReg(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["factors"].shape != self.factors.shape or state["quota"].shape != self._quota.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['quota'])} groups and {len(state['factors'])} channels; this "
-                f"network has {len(self._quota)} and {len(self.factors)}. Resume with the network it was made with"
-            )
+        expect_network(
+            groups=(len(state["quota"]), len(self._quota)), channels=(len(state["factors"]), len(self.factors))
+        )
         self.factors.copy_(state["factors"])
         self._mean_rank.copy_(state["mean_rank"])
         self._seen = state["seen"]
@@ -234,11 +233,11 @@ class IncReg(Method):
 
     def _count(self, flags: Tensor) -> Tensor:
         """How many channels of each group are flagged. [G] int64"""
-        return torch.zeros_like(self._quota).index_add_(0, self._owner, flags.to(torch.int64))
+        return group_sum(flags.to(torch.int64), self._owner, len(self._quota))
 
     def _share(self, scores: Tensor) -> Tensor:
         """Scores as parts of their group's sum. [ΣC]"""
-        total = scores.new_zeros(len(self._quota)).index_add_(0, self._owner, scores)
+        total = group_sum(scores, self._owner, len(self._quota))
         return scores / total[self._owner].clamp_min(_LEAST)
 
     def _set_quota(self, limit: float) -> None:

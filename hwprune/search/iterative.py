@@ -24,7 +24,7 @@ from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
 from hwprune.importance import importance
 from hwprune.nn import batch_statistics
-from hwprune.search.base import Context, HeldOut, Method
+from hwprune.search.base import Context, HeldOut, Method, expect_network
 
 _REMOVED = 1e-6  # what the score of a channel that is out already is multiplied by
 _LEAST_SHARE = 1 / 3  # of the groups are tried in every round, before there are fewer rounds
@@ -122,11 +122,7 @@ class Iterative(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["kept"].shape != self._kept.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['kept'])} channels; this network has {len(self._kept)}. "
-                "Resume with the network it was made with"
-            )
+        expect_network(channels=(len(state["kept"]), len(self._kept)))
         device = self.context.device
         self._widths, self._candidates = state["widths"].numpy(), state["candidates"].numpy()
         self._kept, self._mask = state["kept"].to(device), state["mask"].to(device)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
-from hwprune.search.base import Context, Method
+from hwprune.search.base import Context, Method, expect_network
 
 _LEAST = 1e-12
 
@@ -73,18 +73,8 @@ class Knapsack(Method):
 
     def _leave_out(self, budget: float) -> None:
         """Solve the knapsack for what is left, and turn off what it leaves out."""
-        context, ranking = self.context, self.ranking()
-        chosen = self.allocate(
-            context.groups,
-            context.cost,
-            torch.from_numpy(context.groups.widths),
-            ranking,
-            budget,
-            value=self.values(),
-            minimum=context.minimum,
-            pinned=context.pinned,
-        )
-        keep = keep_top(context.groups, chosen.widths, ranking.cpu().numpy())
+        widths = self.within_budget(budget).long().numpy()
+        keep = keep_top(self.context.groups, widths, self.ranking().cpu().numpy())
         self._alive *= torch.from_numpy(keep).to(self._alive)
         self._saliency.zero_()
         self._draws = 0
@@ -110,11 +100,7 @@ class Knapsack(Method):
         return {"saliency": self._saliency.clone(), "alive": self._alive.clone(), "draws": self._draws}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["saliency"].shape != self._saliency.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['saliency'])} channels; this network has "
-                f"{len(self._saliency)}. Resume with the network it was made with"
-            )
+        expect_network(channels=(len(state["saliency"]), len(self._saliency)))
         self._saliency.copy_(state["saliency"])
         self._alive.copy_(state["alive"])
         self._draws = state["draws"]

@@ -35,7 +35,7 @@ from hwprune.errors import InvalidInput
 from hwprune.graph import Groups, Slot, keep_top
 from hwprune.importance import Kind, importance
 from hwprune.latency import CostModel
-from hwprune.search.base import Context, Method, bounds, worth
+from hwprune.search.base import Context, Method, bounds, expect_network, mask_gradient, worth
 from hwprune.search.dsa import LiveImportance
 
 Threshold = Literal["scaled", "shape", "raw"]
@@ -164,11 +164,7 @@ class PSAP(Method):
     def after_backward(self, step: int) -> None:
         if self._gate is None:
             return
-        gradient = self._gate.grad
-        if gradient is None:
-            raise InvalidInput("the loss does not depend on the masked channels; train the network that was traced")
-        # A step that overflowed (mixed precision skips it) says nothing about the gates.
-        gradient = torch.where(gradient.isfinite().all(), gradient, 0.0)
+        gradient = mask_gradient(self._gate)
         self._pulse += gradient.abs()
         self._utility -= gradient
         self._gate = None
@@ -327,11 +323,7 @@ class PSAP(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["mask"].shape != self._mask.shape or len(state["widths"]) != len(self._widths):
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['widths'])} groups and {len(state['mask'])} channels; this "
-                f"network has {len(self._widths)} and {len(self._mask)}. Resume with the network it was made with"
-            )
+        expect_network(groups=(len(state["widths"]), len(self._widths)), channels=(len(state["mask"]), len(self._mask)))
         self._schedule(state["start"])
         self._done, self._tau = state["done"], state["tau"]
         self._widths = state["widths"].cpu().numpy().copy()

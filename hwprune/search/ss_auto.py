@@ -38,7 +38,8 @@ from hwprune.graph import Groups
 from hwprune.latency import Target
 from hwprune.latency.timing import settings, time_runs
 from hwprune.nn import ColumnPrunedConv2d
-from hwprune.search.base import Context, Method
+from hwprune.ops.reference import group_sum
+from hwprune.search.base import Context, Method, expect_network
 from hwprune.search.increg import Slices
 
 Kind = Literal["l21", "hard", "firm", "reweighted"]
@@ -167,12 +168,10 @@ class SSAuto(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["rows"].shape != self.rows.shape or state["kept_columns"].shape != self.kept_columns.shape:
-            raise InvalidInput(
-                f"the checkpoint's search has {len(state['rows'])} channels and {len(state['kept_columns'])} columns; "
-                f"this one has {len(self.rows)} and {len(self.kept_columns)}. Resume with the network and options it "
-                "was made with"
-            )
+        expect_network(
+            channels=(len(state["rows"]), len(self.rows)),
+            columns=(len(state["kept_columns"]), len(self.kept_columns)),
+        )
         self._row_limits.copy_(state["row_limits"])
         self._column_limits.copy_(state["column_limits"])
         self.rows.copy_(state["rows"])
@@ -214,7 +213,7 @@ class SSAuto(Method):
 
     def _counts(self, flags: Tensor) -> Tensor:
         """How many channels of each group are flagged. [G] int64"""
-        return torch.zeros_like(self._least).index_add_(0, self._owner, flags.to(torch.int64))
+        return group_sum(flags.to(torch.int64), self._owner, len(self._least))
 
     def _cost(self, rows: Tensor, columns: Tensor) -> float:
         """Cost of the channels [ΣC] that are left, less what missing columns [ΣK] save."""
