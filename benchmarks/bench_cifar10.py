@@ -5,9 +5,9 @@
 
 Every row trains on the same images for the same number of epochs in all, with the dense model as teacher, and ends with
 a measurement of the finished network beside the dense one. Rows are kept in `results/cifar10_cpu.json` as they finish;
-one that is there already is not run again, and a run that was killed continues. Methods: `dsa`, `uniform` (hwprune's
-own, guided by ms), `dsa-flops` (guided by FLOPs, cut to the same ms), `torch-pruning` (global group norm, rounded to 8,
-cut to the same ms), `iterative` (prune, measure, fine-tune, repeat: NetAdapt's loop).
+one that is there already is not run again, and a run that was killed continues. Methods: those of `hwprune
+methods`, guided by ms; with `-flops` behind the name, guided by FLOPs and cut to the same ms; `torch-pruning` (global
+group norm, rounded to 8, cut to the same ms).
 """
 
 import argparse
@@ -25,11 +25,10 @@ import torch
 from torch import nn
 
 from hwprune.data import Data, load_data
-from hwprune.graph import keep_top, resize, trace
-from hwprune.importance import importance
 from hwprune.latency import Target, fingerprint
 from hwprune.models import load_model
 from hwprune.pipeline import measure, prune
+from hwprune.search import method_class
 from hwprune.train import Recipe, evaluate, fit, recalibrate
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_cpu.json"
@@ -52,7 +51,7 @@ def main() -> None:
         batch_size=args.batch_size,
     )  # fmt: skip
     start = time.perf_counter()
-    run = {"torch-pruning": torch_pruning, "iterative": iterative}.get(args.method, ours)
+    run = torch_pruning if args.method == "torch-pruning" else ours
     row = run(args, model, example, data, target, recipe)
     row = {
         "name": name,
@@ -88,7 +87,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--search-epochs", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--subset", type=int, default=10000, help="images per epoch, the same for all methods")
-    parser.add_argument("--rounds", type=int, default=4, help="of the iterative method; more of them cost more")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
@@ -103,7 +101,7 @@ def ours(
 ) -> dict[str, Any]:
     """hwprune itself; what does not search spends the search's epochs on fine-tuning."""
     method, _, guide = args.method.partition("-")
-    searches = method != "uniform"
+    searches = method_class(method).searches
     pruned = prune(
         model, example, train_loader=data.train, test_loader=data.test, budget=args.budget, target=target,
         method=method, guide=guide or "ms", recipe=recipe,
@@ -151,79 +149,6 @@ def torch_pruning(
     fit(module, data.train, total, teacher=copy.deepcopy(model), description="torch-pruning")
     row = finished(model, module, example, data, target, limit / dense_ms)
     return row | {"pruning_ratio": best[1], "round_to": best[2]}
-
-
-def iterative(
-    args: argparse.Namespace, model: nn.Module, example: torch.Tensor, data: Data, target: Target, recipe: Recipe
-) -> dict[str, Any]:
-    """NetAdapt's loop: in every round each group alone is shrunk until the latency falls by one step, a short training
-    decides which group's cut hurts least, and the winner goes on to the next round; then one long fine-tuning.
-
-    The search's epochs are spent in the rounds' short trainings, and more of them where the rounds need more: that is
-    the cost of the method, and `flow_s` counts it.
-    """
-    goal, rounds = float(args.budget.rstrip("%")) / 100, args.rounds
-    dense_ms = measure(model, example, target=target).median_ms
-    teacher, current, spent_steps = copy.deepcopy(model), copy.deepcopy(model), 0
-    for turn in range(rounds):
-        limit = dense_ms * (1 - (1 - goal) * (turn + 1) / rounds) * 0.985
-        program = trace(current, example)
-        ranking = importance(current, program.groups, "l2").numpy()
-        candidates = []
-        for g, width in enumerate(program.groups.widths):
-            smaller = narrowed(program, ranking, g, int(width), limit, example, target)
-            if smaller is None:
-                continue
-            recalibrate(smaller, data.train, batches=5)
-            short = replace(recipe, epochs=1, lr=recipe.lr / 5)
-            fit(smaller, Part(data.train, 20), short, teacher=teacher, progress=False)
-            spent_steps += 20
-            candidates.append((evaluate(smaller, Part(data.train, 10)).accuracy, smaller))
-        if not candidates:  # no single group can give a whole step any more: all give a little
-            widths = program.groups.widths
-            for share in np.linspace(0.95, 0.05, 19):
-                fewer = np.maximum(1, (widths * share).astype(np.int64))
-                smaller = resize(program, keep_top(program.groups, fewer, ranking))
-                if measure(smaller, example, target=target, rounds=3).median_ms <= limit:
-                    candidates.append((0.0, smaller))
-                    break
-        current = max(candidates, key=lambda pair: pair[0])[1]
-    total = replace(recipe, epochs=args.search_epochs + args.epochs)
-    fit(current, data.train, total, teacher=teacher, description="iterative")
-    return finished(model, current, example, data, target, goal) | {"rounds": rounds, "short_steps": spent_steps}
-
-
-def narrowed(
-    program: Any, ranking: Any, group: int, width: int, limit: float, example: torch.Tensor, target: Target
-) -> nn.Module | None:
-    """The widest network within `limit` ms that shrinks one group alone, found by bisection; None where none is."""
-    low, high, best = 1, width - 1, None
-    while low <= high:
-        middle = (low + high) // 2
-        widths = program.groups.widths.copy()
-        widths[group] = middle
-        smaller = resize(program, keep_top(program.groups, widths, ranking))
-        if measure(smaller, example, target=target, rounds=1).median_ms <= limit:
-            low, best = middle + 1, smaller
-        else:
-            high = middle - 1
-    return best
-
-
-class Part:
-    """The first batches of a loader."""
-
-    def __init__(self, loader: Any, batches: int) -> None:
-        self.loader, self.batches = loader, batches
-
-    def __len__(self) -> int:
-        return min(self.batches, len(self.loader))
-
-    def __iter__(self) -> Any:
-        for index, batch in enumerate(self.loader):
-            if index == self.batches:
-                return
-            yield batch
 
 
 def finished(

@@ -92,7 +92,7 @@ class Plan:
     @property
     def deploys_columns(self) -> bool:
         """Whether convolutions that compute only their kept columns were measured to be faster here."""
-        return self.columns is not None and self.columns["with_ms"] < COLUMNS_PAY * self.columns["without_ms"]
+        return self.columns is not None and _pays(self.columns)
 
 
 @dataclass(frozen=True)
@@ -523,12 +523,12 @@ class Pruning:
             seen.add(widths.tobytes())
             keep = keep_top(groups, widths, found.ranking.numpy())
             modules: list[nn.Module] = [self.program.module, resize(self.program, keep)]
-            if found.columns and (columns is None or columns["with_ms"] < COLUMNS_PAY * columns["without_ms"]):
+            if found.columns and (columns is None or _pays(columns)):
                 modules += self._with_columns(keep)
             dense, pruned, *others = self._race(modules)
             if others:
                 columns = columns or {"without_ms": pruned.median_ms, "with_ms": others[0].median_ms}
-                if columns["with_ms"] < COLUMNS_PAY * columns["without_ms"]:
+                if _pays(columns):
                     pruned = others[0]
                 else:
                     self.say(
@@ -978,6 +978,11 @@ def _parse_budget(budget: str | Budget | None, budget_ms: float | None) -> Budge
     if budget_ms is not None:
         return Budget("ms", float(budget_ms))
     return Budget.parse(budget) if isinstance(budget, str) else budget  # type: ignore[return-value]
+
+
+def _pays(columns: Mapping[str, float]) -> bool:
+    """Whether column kernels were measured to be worth it."""
+    return columns["with_ms"] < COLUMNS_PAY * columns["without_ms"]
 
 
 def _parameters(module: nn.Module) -> int:

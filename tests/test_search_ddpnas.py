@@ -264,7 +264,7 @@ def test_small_widths_survive_by_what_they_cost():
 
 def test_the_worth_of_a_width_is_known_between_the_options_only():
     options, merit = np.array([[4, 8, 10, 16], [5, 6, 6, 6]]), np.array([[0.0, 1.0, 0.9, 2.0], [0.0, 0.3, 0.0, 0.0]])
-    wide, narrow = np.split(worth_of_widths(options, np.array([4, 2]), merit, np.array([20, 8])), [20])
+    wide, narrow = np.split(worth_of_widths(options, np.array([4, 2]), merit, np.array([20, 8]), np.ones(2)), [20])
     for part in (wide, narrow):
         assert (np.diff(part) > 0).all()
     inside = wide[3:16]

@@ -277,8 +277,8 @@ def test_every_candidate_starts_from_the_same_weights_and_the_winner_goes_on(pre
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
     trained = [tensor.clone() for tensor in method._after]
-    for at in range(1, len(method._candidates)):
-        method._judged = lambda at=at: (-1.0, 0.0)  # the others are worse
+    method._judges = [(x, (y + 1) % 4) for x, y in method._judges]  # the others are judged by wrong labels
+    for _ in range(1, len(method._candidates)):
         method._advance()
     assert method._round == 2
     assert all(torch.equal(a, b) for a, b in zip(method._tensors(), trained, strict=True))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, expect_network
+from hwprune.search.base import Context, Method, expect_network, shares
 
 _TO_FINISH = 9  # times ceiling / A that a group's quota takes with frozen ranks: 5 to 9, by simulation
 _DEAREST = 4.0  # bounds of the price of a group's channels beside the mean one, when it scales A
@@ -99,6 +99,8 @@ class IncReg(Method):
         self._owner = torch.from_numpy(np.repeat(np.arange(len(groups)), groups.widths)).to(device)  # [ΣC]
         self._first = torch.from_numpy(groups.offsets[:-1]).to(device)  # [G]
         self._steps = Steps(context)
+        share = torch.from_numpy(shares(context.cost, groups.widths.astype(np.float64))).to(device)
+        self._weight = share / share.mean()  # [G]
         # [G] how many to remove, the removed included
         self._quota = torch.from_numpy(groups.widths - context.maximum).to(device)
         self._pressure = torch.ones(len(groups), device=device)  # [G] A of each group, as a part of the mean
@@ -166,13 +168,17 @@ class IncReg(Method):
         return self._share(self._score()).clamp_min(_LEAST)
 
     def values(self) -> Tensor:
-        """By the part of the group's score that is kept; see :func:`mass_worth`.
+        """By the part of the group's score that is kept, see :func:`mass_worth`, times what the whole group costs.
+
+        Scores can be compared within a group only. Were all groups weighed alike, those that many layers share would
+        be the dearest for the same part, and be crushed.
 
         A channel counts with the score that it had before it was pressed. With the present one, a group that loses
         channels would be worth as much as a whole one to what is left, and be pressed on and on.
         """
         whole = group_sum(self._unpressed, self._owner, len(self._first))
-        return mass_worth(self._unpressed.masked_fill(self.removed, 0), whole, self._owner, self._first)
+        left = self._unpressed.masked_fill(self.removed, 0)
+        return mass_worth(left, whole, self._owner, self._first) * self._weight[self._owner]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -286,7 +292,8 @@ class IncReg(Method):
 
     def _accuracy(self) -> float:
         assert self.context.held_out is not None
-        return self.context.held_out.accuracy(None, self.batches)
+        held_out = self.context.held_out
+        return held_out.judged(None, [held_out.batch() for _ in range(self.batches)])[0]
 
     def _descend(self, stage: "_Stage") -> "_Stage":
         """Set the goal of a stage from its increment; it is done where there is nowhere to go."""

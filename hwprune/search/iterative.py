@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
 from hwprune.importance import importance
-from hwprune.nn import batch_statistics
 from hwprune.search.base import Context, HeldOut, Method, expect_network
 
 _REMOVED = 1e-6  # what the score of a channel that is out already is multiplied by
@@ -197,7 +195,8 @@ class Iterative(Method):
 
     def _advance(self) -> None:
         """Judge the candidate that has trained; go on to the next, or with the best to the next round."""
-        score = (*self._judged(), self._at)
+        accuracy, loss = self._held_out.judged(self._mask, self._judges)
+        score = (accuracy, -loss, self._at)  # the loss decides between equals
         if self._best is None or score[:2] > self._best[:2]:
             self._best, self._after = score, self._copy()
         self._at += 1
@@ -210,21 +209,6 @@ class Iterative(Method):
         keep = keep_top(self.context.groups, self._widths, self._scores)
         self._kept = torch.from_numpy(keep).to(self._kept)
         self._begin_round()
-
-    @torch.no_grad()
-    def _judged(self) -> tuple[float, float]:
-        """Accuracy on the round's held-out images, and minus the cross entropy, which decides between equals."""
-        model, masked = self.context.model, self.context.masked
-        right = total = 0
-        loss = 0.0
-        masked.set(self._mask)
-        with batch_statistics(model):
-            for inputs, targets in self._judges:
-                output = model(inputs)
-                right += int((output.argmax(-1) == targets).sum())
-                total += targets.numel()
-                loss += float(F.cross_entropy(output, targets))
-        return right / total, -loss
 
     @torch.no_grad()
     def _copy(self) -> list[Tensor]:

@@ -17,7 +17,9 @@ forms of s in :func:`shrink`, and what follows. Norms are relative to the root m
 batch norm makes the scale of a layer's weights arbitrary. There is one multiplier: thresholds are τ times a price, and
 τ is set to where the cost of what the copies leave meets the budget of the moment, which is the fixed point of dual
 ascent. A channel's price is its slope of the cost model times the width of its group, so that a group becomes cheaper,
-not emptied, as it shrinks. ρ rises geometrically. Late in the search the decision is fixed; what is pruned stays zero.
+not emptied, as it shrinks, over the root of the number of its slices: of what k layers share, the norm is but √k times
+that of one layer's, the price k times. ρ rises geometrically. Late in the search the decision is fixed; what is pruned
+stays zero.
 
 Columns save time only where a kernel that skips them does. ``columns="auto"`` times one on the convolutions of the
 first training batch; where it does not pay, the columns of an input are tied together, which is channels alone.
@@ -105,6 +107,7 @@ class SSAuto(Method):
         self._column_limits = torch.zeros(self._convs.total, device=device)  # [ΣK]
         self.rows = torch.ones(groups.total, dtype=torch.bool, device=device)  # R_c is not 0
         self.kept_columns = torch.ones(self._convs.total, dtype=torch.bool, device=device)  # C_q is not 0
+        self._roots = self._relative([torch.ones_like(p) for p in self._slices.parameters])  # [ΣC] of their slices
         self._interval = self.interval or max(1, context.steps // 50)
         self._threshold = 0.0  # τ
         self._fixed = False
@@ -205,11 +208,12 @@ class SSAuto(Method):
 
     def _norms(self) -> tuple[Tensor, Tensor]:
         """Norms of channels [ΣC] and columns [ΣK], relative to their layers."""
-        squares = [
-            parameter.detach().square() if votes else None
-            for parameter, votes in zip(self._slices.parameters, self._voting, strict=True)
-        ]
-        return self._slices.gather(squares, relative=True).sqrt(), self._convs.norms()
+        return self._relative([p.detach().square() for p in self._slices.parameters]), self._convs.norms()
+
+    def _relative(self, squares: list[Tensor]) -> Tensor:
+        """Roots of what tensors like the parameters sum up to per channel, relative to their layers. [ΣC]"""
+        voting = [square if votes else None for square, votes in zip(squares, self._voting, strict=True)]
+        return self._slices.gather(voting, relative=True).sqrt()
 
     def _counts(self, flags: Tensor) -> Tensor:
         """How many channels of each group are flagged. [G] int64"""
@@ -228,7 +232,7 @@ class SSAuto(Method):
         widths = self._counts(self.rows)
         slope = context.cost.value_and_grad(widths.double().cpu())[1].to(rows)  # [G]
         spent = slope * widths / context.cost.dense
-        row_prices = (spent + 1e-3 * spent.mean())[self._owner]  # [ΣC]
+        row_prices = (spent + 1e-3 * spent.mean())[self._owner] / self._roots.clamp_min(1)  # [ΣC]
         column_prices = self._convs.prices(self.rows, self.kept_columns)  # [ΣK]
         if self.prox == "reweighted":
             row_prices, column_prices = row_prices / (rows**2 + _EPSILON), column_prices / (columns**2 + _EPSILON)
