@@ -15,12 +15,13 @@ the three branches of the log cost, and a regulariser that equalises the keep ra
 Reconstruction, where no source states it: all coefficients; Adam with a step proportional to T, so that α / T moves
 equally fast at all temperatures; α left where it is once the slope of its indicator is below ``window``; the loss
 gradient put on the scale of the cost's, so that one set of coefficients fits all networks; the form of the symmetry
-term. Different on purpose: log T falls linearly, where a third party has 1/T rise linearly to 50, which spends the
-annealing before the budget is in force (resnet8 on digits, 200 steps, half of the FLOPs, two seeds: 19 and 23 % of the
-indicators undecided at the end, and 10 % of them so); the branch is decided by hard counts, as at high T the relaxed
-cost is far from that of the network which is left (by a quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at
-least one step of the cost's table, as a narrower one between two plateaus could never be entered. The layers that are
-added share one indicator per coupled channel, so that their rates are equal as they stand.
+term; the last steps on the network that the allocation within the budget leaves. Different on purpose: log T falls
+linearly, where a third party has 1/T rise linearly to 50, which spends the annealing before the budget is in force
+(resnet8 on digits, 200 steps, half of the FLOPs, two seeds: 19 and 23 % of the indicators undecided at the end, and 10
+% of them so); the branch is decided by hard counts, as at high T the relaxed cost is far from that of the network which
+is left (by a quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at least one step of the cost's table, as a
+narrower one between two plateaus could never be entered. The layers that are added share one indicator per coupled
+channel, so that their rates are equal as they stand.
 """
 
 import math
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from hwprune.errors import InvalidInput
+from hwprune.graph import keep_top
 from hwprune.ops.reference import group_sum
 from hwprune.search.base import Context, Method, expect_network, finite, mask_gradient
 
@@ -51,9 +53,9 @@ class DAIS(Method):
         lr: Adam's step on α / T. ``None``: ``15 / steps``, at most 0.2, so that a short search can travel as far as a
             long one; it falls by a cosine to a tenth.
         init: mean of α at the start; uniform between half and one and a half of it, as equal ones would stay equal.
-        temperature: T at the start and at the end; log-linear in between, and held over the last tenth.
+        temperature: T at the start and at the end; log-linear in between, and held before the indicators settle.
         anneal: ``False`` keeps T at its start, to see what annealing is worth: the log's ``cost_soft`` against
-            ``cost_hard`` and, after the last step, ``loss_soft`` against ``loss_hard`` on one held-out batch.
+            ``cost_hard`` and, when they have settled, ``loss_soft`` against ``loss_hard`` on one held-out batch.
         pull: weight of the log cost, beside a loss gradient of size ``balance``. Above the budget the dual variable of
             the controller is added to it, so that any budget is reached in the end.
         tolerance: least width of the dead zone below the budget, relative; it is never narrower than the largest step
@@ -67,6 +69,8 @@ class DAIS(Method):
             (resnet20, half of its latency, one seed and short schedule: 45.3 % with 0.3, 66.6 % with 1, 73.5 % with 3;
             resnet8 on digits did better with 1).
         window: slope dI / dα below which a channel is decided and left alone.
+        settle: part of the steps, the last, in which the indicators are those of the network that will be cut, and the
+            weights adapt to it; none without annealing.
         interval: training steps per step of the indicators.
     """
 
@@ -86,6 +90,7 @@ class DAIS(Method):
         symmetry: float = 0.0,
         balance: float = 3.0,
         window: float = 1e-3,
+        settle: float = 0.15,
         interval: int = 1,
     ) -> None:
         if not 0 < temperature[1] <= temperature[0]:
@@ -94,6 +99,8 @@ class DAIS(Method):
             raise InvalidInput(f"init={init} and lr={lr} must be positive, and interval={interval} at least 1")
         if pull <= 0 or balance <= 0 or not 0 < tolerance < 1:
             raise InvalidInput(f"pull={pull} and balance={balance} must be positive, tolerance={tolerance} in (0, 1)")
+        if not 0 <= settle < 1:
+            raise InvalidInput(f"settle={settle} is a part of the steps: 0 or more, and less than 1")
         if min(lasso, symmetry, window) < 0:
             raise InvalidInput(f"lasso={lasso}, symmetry={symmetry} and window={window} must not be negative")
         self.lr = lr
@@ -106,6 +113,7 @@ class DAIS(Method):
         self.symmetry = symmetry
         self.balance = balance
         self.window = window
+        self.settle = settle if anneal else 0.0
         self.interval = interval
 
     def setup(self, context: Context) -> None:
@@ -121,6 +129,7 @@ class DAIS(Method):
         )  # [ΣC]
         self._alike = torch.from_numpy(np.unique(groups.widths, return_inverse=True)[1]).to(device)  # [G]
         self._zone = self._largest_step()
+        self._settled_from = math.ceil((1 - self.settle) * context.steps)
         jitter = torch.rand(groups.total, generator=context.generator, device=device) + 0.5
         self.alpha = self._bounded(self.init * jitter)  # [ΣC]
         self._exp_avg = torch.zeros_like(self.alpha)
@@ -137,14 +146,16 @@ class DAIS(Method):
         self._dual_interval = max(1, context.steps // (10 * self.interval))
 
     def temperature_at(self, step: int) -> float:
-        """T: log-linear over the first nine tenths of the steps, then constant."""
+        """T: log-linear over the first nine tenths of the steps until the indicators settle, then constant."""
         first, last = self.temperature
         if not self.anneal:
             return first
-        return first * math.pow(last / first, min(1.0, step / max(1.0, 0.9 * (self.context.steps - 1))))
+        return first * math.pow(last / first, min(1.0, step / max(1.0, 0.9 * (self._settled_from - 1))))
 
     def masks(self, step: int) -> Tensor:
         self._now = self.temperature_at(step)
+        if step >= self._settled_from:
+            return (self.alpha > 0).to(self.alpha)
         mask = (self.alpha / self._now).sigmoid()
         if self.context.held_out is None:
             self._mask = mask.requires_grad_()
@@ -157,10 +168,12 @@ class DAIS(Method):
         self._mask = None
 
     def after_step(self, step: int) -> None:
-        if (step + 1) % self.interval == 0:
+        if step < self._settled_from and (step + 1) % self.interval == 0:
             self._move(step)
-        if step == self.context.steps - 1:
+        if step == self._settled_from - 1:
             self._compare(self._now)
+            if self.settle:
+                self._decide()
 
     def _move(self, step: int) -> None:
         """One step of the indicators."""
@@ -260,6 +273,22 @@ class DAIS(Method):
             steps.extend(np.abs(np.diff(np.asarray(cost.price(widths)))).tolist())
         return float(max(steps))
 
+    def _decide(self) -> None:
+        """Put every α on the side on which the allocation within the budget puts its channel."""
+        context, ranking = self.context, self.ranking()
+        chosen = self.allocate(
+            context.groups,
+            context.cost,
+            self.widths(),
+            ranking,
+            context.controller.budget,
+            minimum=context.minimum,
+            pinned=context.pinned,
+        )
+        keep = torch.from_numpy(keep_top(context.groups, chosen.widths, ranking)).to(self.alpha.device)
+        side = _BESIDE * self.temperature[1]
+        self.alpha = torch.where(keep, self.alpha.clamp_min(side), self.alpha.clamp_max(-side))
+
     @torch.no_grad()
     def _compare(self, temperature: float) -> None:
         """The loss under the relaxed and under the hard indicators, on one held-out batch."""
@@ -304,7 +333,7 @@ class DAIS(Method):
 
         kept: share of channels, hard. cost_soft, cost_hard: of Σ I and of the counts of α > 0; gap: their relative
         difference. undecided: share of indicators between 5 % and 95 %. held_out: 1 where they learn from held-out
-        batches, 0 where from the training loss. After the last step, with held-out batches, loss_soft and loss_hard.
+        batches, 0 where from the training loss. Once settled, with held-out batches, loss_soft and loss_hard of before.
         """
         indicators = (self.alpha / self._now).sigmoid()
         return {
