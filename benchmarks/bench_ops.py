@@ -21,12 +21,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_ratio_update import RESULTS, place_of
 from torch import Tensor
 
 from hwprune import ops
@@ -36,7 +36,6 @@ from hwprune.latency import Target, fingerprint, flops_model
 from hwprune.models import load_model
 from hwprune.search import Search
 
-RESULTS = Path(__file__).parent / "results"
 SKIP = 8  # one search step in so many computes all channels
 
 # Cin, Cout, kernel, stride, pixels: the distinct 3x3 and 1x1 convolutions of each network.
@@ -83,8 +82,7 @@ def main() -> None:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
     }
-    environment = "cpu" if device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
-    path = RESULTS / environment / "ops.json"
+    path = RESULTS / place_of(device) / "ops.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"context": {json.dumps(context)},\n "rows": [\n  {lines}\n]}}\n')

@@ -4,6 +4,7 @@ The functions are those of `hwprune.ops._reference_conv`. "Compact" tensors hold
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hwprune.ops import _native, reference
-from hwprune.ops._reference_conv import Geometry, layout, output_shape
+from hwprune.ops._reference_conv import (
+    Geometry,
+    bn_act_backward_through,
+    convolution_backward,
+    layout,
+    output_shape,
+)
 
 _CLAMPS = {"none": (-torch.inf, torch.inf), "relu": (0.0, torch.inf), "relu6": (0.0, 6.0)}
 _PACKED_FLOATS = 1 << 18  # of weight columns at a time: they are to stay in the second-level cache
@@ -134,7 +141,8 @@ def backward_input(
         zeros = torch.zeros_like(x.contiguous(memory_format=form))
         return zeros, None if in_mask is None else torch.zeros_like(in_mask)
     like = torch.empty(shape, dtype=x.dtype, device="cpu").contiguous(memory_format=form)
-    grad = _backward(compact, like, small, geometry, groups, wants=0).contiguous(memory_format=form)
+    grad = convolution_backward(compact, like, small, (*geometry[:3], groups), False, wants=0)
+    grad = grad.contiguous(memory_format=form)
     if in_mask is None and ins is None:
         return grad, None
     index = torch.arange(channels) if ins is None else ins
@@ -185,26 +193,7 @@ def bn_act(
     return y, mean, var
 
 
-def bn_act_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    sums: Tensor,
-    squares: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    count = x.numel() // x.shape[1]
-    scale, shift, _, _ = reference.bn_affine(sums, squares, weight, bias, count, eps)
-    grad_x, grad_residual, grad_mask, grad_scale, grad_shift = backward_epilogue(
-        grad_y, x, mask, scale, shift, residual, act
-    )
-    assert grad_scale is not None and grad_shift is not None
-    affine = reference.bn_affine_backward(grad_scale, grad_shift, sums, squares, weight, count, eps)
-    return grad_x, *affine, grad_mask, grad_residual
+bn_act_backward = partial(bn_act_backward_through, backward_epilogue)
 
 
 def _convolve(
@@ -252,16 +241,6 @@ def _depthwise_input(x: Tensor, in_mask: Tensor | None, outs: Tensor | None, for
     return _gather(x, index, None if in_mask is None else in_mask.index_select(0, index), form)
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, wants: int) -> Tensor:
-    """The gradient of x (wants=0) or of the weight (1), of which only the shape is looked at then."""
-    stride, padding, dilation, _ = geometry
-    mask = [wants == 0, wants == 1, False]
-    grads: list[Tensor] = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )
-    return grads[wants]
-
-
 def _backward_weight(
     grad: Tensor,
     x: Tensor,
@@ -281,7 +260,7 @@ def _backward_weight(
     if x.numel() == 0 or grad.numel() == 0:
         return x.new_zeros(shape)
     small = shape if ins is None else (shape[0], len(ins), *shape[2:])
-    found = _backward(grad, x, x.new_empty(small), geometry, groups, wants=1)
+    found = convolution_backward(grad, x, x.new_empty(small), (*geometry[:3], groups), False, wants=1)
     if geometry[3] > 1 or in_mask is None:
         return found.contiguous()
     if ins is not None:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from hwprune.ops import _native
+from hwprune.ops._reference_conv import Geometry, output_shape
 from hwprune.ops.reference import ACTIVATIONS
-
-# ((stride, padding, dilation), each (height, width); groups)
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -196,10 +194,8 @@ class _Convolution:
         stride, padding, dilation, groups = geometry
         batch, in_channels, height, width = x.shape
         out_channels, _, kernel_height, kernel_width = weight_shape
-        out_height = _out_size(height, kernel_height, stride[0], padding[0], dilation[0])
-        out_width = _out_size(width, kernel_width, stride[1], padding[1], dilation[1])
         self.x = x
-        self.out_shape = batch, out_channels, out_height, out_width
+        self.out_shape = output_shape(x, weight_shape, geometry)
         self.masks = _vector(in_mask), _vector(out_mask)
         self.columns = None if columns is None else columns.to(x.device).contiguous()
         self.conv = _native.module("cuda").Convolution(
@@ -208,8 +204,8 @@ class _Convolution:
             height=height,
             width=width,
             out_channels=out_channels,
-            out_height=out_height,
-            out_width=out_width,
+            out_height=self.out_shape[2],
+            out_width=self.out_shape[3],
             kernel_height=kernel_height,
             kernel_width=kernel_width,
             stride_height=stride[0],
@@ -294,10 +290,6 @@ def _launch(name: str, device: torch.device, problem: Any, *arguments: int) -> N
         return
     with torch.cuda.device(device):
         launch(problem, *arguments, torch.cuda.current_stream(device).cuda_stream)
-
-
-def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 @overload

@@ -6,8 +6,9 @@ dilation, two numbers each, and groups. A channel whose mask is exactly 0 is ina
 part of every result but the residual's gradient is 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of in_mask; None without one."""
     weight = reference.columns_only(_active_rows(weight, out_mask), columns)
-    grad = _convolution_backward(grad_raw, x, weight, geometry, allow_tf32, wants=0)
+    grad = convolution_backward(grad_raw, x, weight, geometry, allow_tf32, wants=0)
     if in_mask is None:
         return grad, None
     dots = (reference.widened(grad) * x).sum((0, 2, 3))
@@ -137,7 +138,7 @@ def backward_weight(
 ) -> Tensor:
     """Gradient of the weight."""
     x = reference.apply_mask(x, in_mask)
-    grad = _convolution_backward(grad_raw, x, x.new_empty(tuple(weight_shape)), geometry, allow_tf32, wants=1)
+    grad = convolution_backward(grad_raw, x, x.new_empty(tuple(weight_shape)), geometry, allow_tf32, wants=1)
     return reference.columns_only(_active_rows(grad, out_mask), columns)
 
 
@@ -156,7 +157,8 @@ def bn_act(
     return reference.masked_bn_act(x, sums, squares, weight, bias, mask, residual, act, eps)
 
 
-def bn_act_backward(
+def bn_act_backward_through(
+    backward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]],
     grad_y: Tensor,
     x: Tensor,
     sums: Tensor,
@@ -168,15 +170,29 @@ def bn_act_backward(
     act: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, sums, squares, weight, bias, mask and residual."""
+    """Gradients of x, sums, squares, weight, bias, mask and residual, from a backend's backward_epilogue."""
     count = x.numel() // x.shape[1]
     scale, shift, _, _ = reference.bn_affine(sums, squares, weight, bias, count, eps)
-    grad_x, grad_residual, grad_mask, grad_scale, grad_shift = backward_epilogue(
-        grad_y, x, mask, scale, shift, residual, act
-    )
+    grad_x, grad_residual, grad_mask, grad_scale, grad_shift = backward(grad_y, x, mask, scale, shift, residual, act)
     assert grad_scale is not None and grad_shift is not None
     affine = reference.bn_affine_backward(grad_scale, grad_shift, sums, squares, weight, count, eps)
     return grad_x, *affine, grad_mask, grad_residual
+
+
+bn_act_backward = partial(bn_act_backward_through, backward_epilogue)
+
+
+def convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, allow_tf32: bool, wants: int
+) -> Tensor:
+    """The gradient of x (wants=0) or of the weight (1), of which only the shape is looked at then."""
+    stride, padding, dilation, groups = geometry
+    mask = [wants == 0, wants == 1, False]
+    with _precision(x, allow_tf32):
+        grads: list[Tensor] = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+    return grads[wants]
 
 
 def _convolve(
@@ -192,19 +208,6 @@ def _convolve(
     with _precision(x, allow_tf32):
         raw = F.conv2d(reference.apply_mask(x, in_mask), weight, None, *geometry)
     return raw if out_mask is None else torch.where((out_mask != 0).view(1, -1, 1, 1), raw, 0)
-
-
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, allow_tf32: bool, wants: int
-) -> Tensor:
-    """The gradient of x (wants=0) or of the weight (1)."""
-    stride, padding, dilation, groups = geometry
-    mask = [wants == 0, wants == 1, False]
-    with _precision(x, allow_tf32):
-        grads: list[Tensor] = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-        )
-    return grads[wants]
 
 
 def _active_rows(weight: Tensor, out_mask: Tensor | None) -> Tensor:
