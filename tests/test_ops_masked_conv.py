@@ -166,16 +166,19 @@ def test_masked_conv2d_says_what_is_wrong(change, message):
 def problems(draw):
     """Tensors and options of a masked convolution, in float32; sizes small, odd, empty; masks of all kinds."""
     torch.manual_seed(draw(st.integers(0, 999)))
-    depthwise, by_columns = draw(st.booleans()), draw(st.booleans())
+    groups, by_columns = draw(st.sampled_from([1, 1, 2, 3, "depthwise"])), draw(st.booleans())
     cin, cout = draw(st.sampled_from([1, 2, 5, 16, 17])), draw(st.sampled_from([1, 3, 16, 19]))
+    if groups == "depthwise":
+        groups = cout = cin
+    elif groups > 1:  # widths around those that kept counts are rounded up to
+        cin, cout = groups * draw(st.sampled_from([1, 3, 10, 18])), groups * draw(st.sampled_from([1, 2, 9, 17]))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3)]))
     geometry = {
         "stride": draw(st.sampled_from([1, 2, (2, 1)])),
         "padding": draw(st.sampled_from([0, 1, (2, 0)])),
         "dilation": draw(st.sampled_from([1, (2, 1)])),
-        "groups": cin if depthwise else 1,
+        "groups": groups,
     }
-    cout = cin if depthwise else cout
     batch, height, width = draw(st.sampled_from([0, 1, 3])), draw(st.integers(5, 9)), draw(st.integers(4, 70))
     x = torch.randn(batch, cin, height, width)
     layout = draw(st.sampled_from(["nchw", "nhwc", "sliced"]))
@@ -183,15 +186,19 @@ def problems(draw):
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "sliced":
         x = torch.randn(batch, cin + 2, height, width + 1)[:, 1:-1, :, 1:]
-    tensors = {"x": x, "weight": torch.randn(cout, cin // geometry["groups"], *kernel)}
+    weight = torch.randn(cout, cin // groups, *kernel)
+    weight = weight.contiguous(memory_format=draw(st.sampled_from([torch.contiguous_format, torch.channels_last])))
+    tensors = {"x": x, "weight": weight}
 
     def mask(channels):
-        kind = draw(st.sampled_from(["absent", "zeros", "ones", "soft", "hard", "mixed"]))
+        kind = draw(st.sampled_from(["absent", "zeros", "ones", "soft", "hard", "mixed", "run"]))
         soft, hard = torch.rand(channels) * 0.9 + 0.1, (torch.rand(channels) < 0.5).float()
+        run = (torch.arange(channels) < channels // 3).float()  # with groups, some of them whole
         kinds = {"zeros": 0 * soft, "ones": torch.ones(channels), "soft": soft, "hard": hard, "mixed": soft * hard}
+        kinds["run"] = run
         return kinds.get(kind)
 
-    if by_columns and not depthwise:
+    if by_columns and groups == 1:
         count = cin * kernel[0] * kernel[1]
         geometry["columns"] = torch.randperm(count)[: draw(st.integers(0, count))].sort().values
     else:
@@ -279,9 +286,12 @@ def test_threads_share_the_work_without_a_trace(threads, form):
         assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", padding=1, **options)
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_masked_channels_are_not_read_by_any_backend(backend):
-    x, weight, given, geometry = convolution(torch.float32)
+def test_masked_channels_are_not_read_by_any_backend(backend, groups, form):
+    x, weight, given, geometry = convolution(torch.float32, groups)
+    x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
     x[:, given["in_mask"] == 0] = math.nan
     weight[given["out_mask"] == 0] = math.nan
     for name in ("scale", "shift"):
@@ -363,8 +373,6 @@ def test_backends_say_what_they_do_not_take(monkeypatch):
     x, weight, _, _ = convolution()
     with pytest.raises(BackendUnavailable, match="cpp cannot run masked_conv2d: it takes float32 on cpu"):
         ops.masked_conv2d(x, weight, backend="cpp")
-    with pytest.raises(BackendUnavailable, match="one channel in and out per group"):
-        ops.masked_conv2d(x.float(), torch.rand(8, 3, 1, 1), groups=2, backend="cpp")
     with pytest.raises(BackendUnavailable, match="backend=cuda cannot run masked_conv2d: it runs on cuda"):
         ops.masked_conv2d(x, weight, backend="cuda")
     monkeypatch.setenv("HWPRUNE_BACKEND", "cpp")

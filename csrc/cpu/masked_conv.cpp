@@ -54,6 +54,12 @@ HWPRUNE_CLONES void multiply_add(const float* x, const float* y, int64_t count, 
   for (int64_t i = 0; i < count; ++i) out[i] += x[i] * y[i];
 }
 
+// Zero where the factor is, whatever x holds there.
+HWPRUNE_CLONES void mask_row(const float* factor, int64_t count, float* x) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] = factor[i] != 0.0f ? factor[i] * x[i] : 0.0f;
+}
+
 HWPRUNE_CLONES void add(const float* x, int64_t count, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] += x[i];
@@ -306,10 +312,8 @@ void gather_channels(const float* x, const Batch& batch, const int64_t* index, c
                for (int64_t row = begin; row < end; ++row) {
                  const float* from = x + row * channels;
                  float* to = out + row * kept;
-                 if (!factor)
-                   picker.pick(from, to);
-                 else
-                   for (int64_t j = 0; j < kept; ++j) to[j] = factor[j] != 0.0f ? factor[j] * from[index[j]] : 0.0f;
+                 picker.pick(from, to);
+                 if (factor) mask_row(factor, kept, to);
                }
              });
     return;
@@ -478,6 +482,42 @@ void channel_sums(const float* x, const Batch& batch, float* sums, float* square
         sum_squares(x + (image * channels + c) * pixels, pixels, &total, &total_squares);
       sums[c] = static_cast<float>(total);
       squares[c] = static_cast<float>(total_squares);
+    }
+  });
+}
+
+void pick_part(const float* matrix, const Part& args, float* part) {
+  const int64_t count = args.column_count, per_group = args.row_count / std::max<int64_t>(1, args.groups);
+  parallel(args.row_count, kGrain / std::max<int64_t>(1, count), args.threads,
+           [&](int64_t, int64_t begin, int64_t end) {
+             for (int64_t r = begin; r < end; ++r) {
+               const float* from = matrix + (args.rows ? args.rows[r] : r) * args.width;
+               float* to = part + r * count;
+               if (!args.columns) {
+                 copy(from, count, 1.0f, to);
+                 continue;
+               }
+               const int64_t* columns = args.columns + r / per_group * count;
+               for (int64_t j = 0; j < count; ++j) to[j] = from[columns[j]];
+             }
+           });
+}
+
+void spread_part(const float* part, int64_t height, const Part& args, float* matrix) {
+  const int64_t count = args.column_count, per_group = args.row_count / std::max<int64_t>(1, args.groups);
+  const int64_t* last = args.rows + (args.rows ? args.row_count : 0);
+  parallel(height, kGrain / std::max<int64_t>(1, args.width), args.threads, [&](int64_t, int64_t begin, int64_t end) {
+    int64_t r = args.rows ? std::lower_bound(args.rows, last, begin) - args.rows : begin;
+    for (int64_t row = begin; row < end; ++row) {
+      float* to = matrix + row * args.width;
+      const bool listed = r < args.row_count && (!args.rows || args.rows[r] == row);
+      if (!listed || count < args.width) std::fill(to, to + args.width, 0.0f);
+      if (!listed) continue;
+      const float* from = part + r * count;
+      const int64_t* columns = args.columns ? args.columns + r / per_group * count : nullptr;
+      if (!columns) copy(from, count, 1.0f, to);
+      for (int64_t j = 0; columns && j < count; ++j) to[columns[j]] = from[j];
+      ++r;
     }
   });
 }

@@ -13,8 +13,8 @@ struct Batch {
   int64_t threads;
 };
 
-// out [images, kept, pixels] = factor[j] * x[n, index[j], p]. `factor` may be null, for ones; where it is exactly zero,
-// x does not count, not even a NaN.
+// out [images, kept, pixels] = factor[j] * x[n, index[j], p]; index increases. `factor` may be null, for ones; where it
+// is exactly zero, x does not count, not even a NaN.
 void gather_channels(const float* x, const Batch& batch, const int64_t* index, const float* factor, int64_t kept,
                      float* out);
 
@@ -44,6 +44,22 @@ void epilogue_backward(const float* grad_y, const float* raw, const Batch& batch
 
 // Sums and sums of squares of every channel.
 void channel_sums(const float* x, const Batch& batch, float* sums, float* squares);
+
+// Some elements of a matrix of `width` columns: element (r, j) of the part lies in row rows[r] and in column
+// columns[g * column_count + j] of it, where g is the group of r, the rows being as many in each. Without rows, or
+// columns, these are all that there are.
+struct Part {
+  int64_t width;
+  const int64_t* rows;  // [row_count]
+  int64_t row_count;
+  const int64_t* columns;  // [groups, column_count]
+  int64_t column_count, groups;
+  int64_t threads;
+};
+// part [row_count, column_count]
+void pick_part(const float* matrix, const Part& args, float* part);
+// The reverse, into a matrix of `height` rows: zero elsewhere. Rows increase.
+void spread_part(const float* part, int64_t height, const Part& args, float* matrix);
 
 // Weight columns (row * kernel_width + column) * channels + channel of a convolution without groups.
 struct Columns {

@@ -52,6 +52,20 @@ void channel_sums(Address x, const hwprune::Batch& batch, Address sums, Address 
   hwprune::channel_sums(pointer<const float>(x), batch, pointer<float>(sums), pointer<float>(squares));
 }
 
+hwprune::Part make_part(int64_t width, Address rows, int64_t row_count, Address columns, int64_t column_count,
+                        int64_t groups, int64_t threads) {
+  return {width,  pointer<const int64_t>(rows), row_count, pointer<const int64_t>(columns), column_count, groups,
+          threads};
+}
+
+void pick_part(Address matrix, const hwprune::Part& args, Address part) {
+  hwprune::pick_part(pointer<const float>(matrix), args, pointer<float>(part));
+}
+
+void spread_part(Address part, int64_t height, const hwprune::Part& args, Address matrix) {
+  hwprune::spread_part(pointer<const float>(part), height, args, pointer<float>(matrix));
+}
+
 hwprune::Columns make_columns(int64_t channels, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
                               int64_t kernel_width, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w,
                               int64_t dilation_h, int64_t dilation_w, Address columns, int64_t count,
@@ -93,6 +107,9 @@ void bind_masked_conv(py::module_& module) {
   py::class_<hwprune::Epilogue>(module, "Epilogue")
       .def(py::init(&make_epilogue), py::arg("a"), py::arg("b"), py::arg("mask"), py::arg("residual"), py::arg("low"),
            py::arg("high"));
+  py::class_<hwprune::Part>(module, "Part")
+      .def(py::init(&make_part), py::arg("width"), py::arg("rows"), py::arg("row_count"), py::arg("columns"),
+           py::arg("column_count"), py::arg("groups"), py::arg("threads"));
   py::class_<hwprune::Columns>(module, "Columns")
       .def(py::init(&make_columns), py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("out_height"),
            py::arg("out_width"), py::arg("kernel_width"), py::arg("stride_h"), py::arg("stride_w"), py::arg("pad_h"),
@@ -108,6 +125,9 @@ void bind_masked_conv(py::module_& module) {
              py::arg("args"), py::arg("grad_raw"), py::arg("grad_residual"), py::arg("sum"), py::arg("sum_raw"),
              release());
   module.def("channel_sums", &channel_sums, py::arg("x"), py::arg("batch"), py::arg("sums"), py::arg("squares"),
+             release());
+  module.def("pick_part", &pick_part, py::arg("matrix"), py::arg("args"), py::arg("part"), release());
+  module.def("spread_part", &spread_part, py::arg("part"), py::arg("height"), py::arg("args"), py::arg("matrix"),
              release());
   module.def("pack_columns", &pack_columns, py::arg("x"), py::arg("images"), py::arg("args"), py::arg("packed"),
              release());

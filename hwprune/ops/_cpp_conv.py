@@ -5,7 +5,7 @@ The functions are those of `hwprune.ops._reference_conv`. "Compact" tensors hold
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> s
     """Why this backend cannot take these tensors; None: it can."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"it takes float32 on cpu, and x is {x.dtype} on {x.device}, weight {weight.dtype}"
-    if groups > 1 and (weight.shape[0], weight.shape[1]) != (groups, 1):
-        return f"it takes groups=1 or one channel in and out per group, and {list(weight.shape)} has {groups} groups"
     return None
 
 
@@ -47,16 +45,18 @@ def forward(
     save_raw: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    outs, shape = _active(out_mask), output_shape(x, weight.shape, geometry)
+    picks, shape = _picks(in_mask, out_mask, weight.shape, geometry[3]), output_shape(x, weight.shape, geometry)
+    outs, form = picks.outs, layout(x)
     a, b = _affine(x, shape[1], out_mask, scale, shift)
     if save_raw:
-        compact = _convolve(x, weight, in_mask, outs, None, None, geometry, columns)
-        return _finish(compact, outs, a, b, out_mask, residual, act, shape, layout(x), keep_raw=True)
-    compact = _convolve(x, weight, in_mask, outs, a, b, geometry, columns)
-    if outs is None and residual is None:
-        return _activate_(compact, act), None
+        compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry, columns)
+        return _finish(compact, outs, a, b, out_mask, residual, act, shape, form, keep_raw=True)
+    compact = _convolve(x, weight, in_mask, out_mask, picks, a, None if shift is None else b, geometry, columns)
+    if residual is None:  # all activations leave zeros as they are
+        compact = _activate_(compact, act)
+        return (compact if outs is None else _scatter(compact, outs, None, None, shape, form)[0]), None
     ones, zeros = torch.ones_like(a), torch.zeros_like(b)
-    return _finish(compact, outs, ones, zeros, out_mask, residual, act, shape, layout(x), keep_raw=False)
+    return _finish(compact, outs, ones, zeros, out_mask, residual, act, shape, form, keep_raw=False)
 
 
 def forward_stats(
@@ -68,8 +68,9 @@ def forward_stats(
     columns: Tensor | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outs, form = _active(out_mask), layout(x)
-    compact = _convolve(x, weight, in_mask, outs, None, None, geometry, columns)
+    picks, form = _picks(in_mask, out_mask, weight.shape, geometry[3]), layout(x)
+    outs = picks.outs
+    compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry, columns)
     sums, squares = x.new_empty(compact.shape[1]), x.new_empty(compact.shape[1])
     _native.module("cpp").channel_sums(compact.data_ptr(), _batch(compact, form), sums.data_ptr(), squares.data_ptr())
     if outs is None:
@@ -127,21 +128,17 @@ def backward_input(
     columns: Tensor | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    outs, channels, form = _active(out_mask), x.shape[1], layout(x)
-    compact = _gather(grad_raw, outs, None, form)
+    picks, channels, form = _picks(in_mask, out_mask, weight.shape, geometry[3]), x.shape[1], layout(x)
+    compact, ins = _gather(grad_raw, picks.outs, None, form), picks.ins
     if columns is not None:
-        return _columns_backward_input(compact, x, weight, outs, geometry, columns), None
-    small, groups, ins = _rows(weight, outs), geometry[3], _active(in_mask)
-    if groups > 1:
-        groups, ins = len(small), outs
-    elif ins is not None:
-        small = small.index_select(1, ins)
+        return _columns_backward_input(compact, x, weight, picks.outs, geometry, columns), None
     shape = (x.shape[0], channels if ins is None else len(ins), *x.shape[2:])
     if 0 in shape or 0 in compact.shape:
         zeros = torch.zeros_like(x.contiguous(memory_format=form))
         return zeros, None if in_mask is None else torch.zeros_like(in_mask)
     like = torch.empty(shape, dtype=x.dtype, device="cpu").contiguous(memory_format=form)
-    grad = convolution_backward(compact, like, small, (*geometry[:3], groups), False, wants=0)
+    small = _picked_weight(weight, in_mask, out_mask, picks)
+    grad = convolution_backward(compact, like, small, (*geometry[:3], picks.groups), False, wants=0)
     grad = grad.contiguous(memory_format=form)
     if in_mask is None and ins is None:
         return grad, None
@@ -163,15 +160,23 @@ def backward_weight(
     columns: Tensor | None,
     allow_tf32: bool,
 ) -> Tensor:
-    outs = _active(out_mask)
-    compact = _gather(grad_raw, outs, None, layout(x))
+    picks, form = _picks(in_mask, out_mask, weight_shape, geometry[3]), layout(x)
+    compact = _gather(grad_raw, picks.outs, None, form)
     if columns is not None:
-        small = _columns_backward_weight(compact, x, weight_shape, geometry, columns)
-    else:
-        small = _backward_weight(compact, x, weight_shape, in_mask, outs, geometry)
-    if outs is None:
-        return small
-    return small.new_zeros(tuple(weight_shape)).index_copy(0, outs, small)
+        return _columns_backward_weight(compact, x, weight_shape, picks.outs, geometry, columns)
+    small = _gather_inputs(x, in_mask, picks, form)
+    if small.numel() == 0 or compact.numel() == 0:
+        return x.new_zeros(tuple(weight_shape))
+    shape = compact.shape[1], small.shape[1] // picks.groups, *weight_shape[2:]
+    grad = convolution_backward(
+        compact, small, x.new_empty(shape), (*geometry[:3], picks.groups), False, wants=1
+    ).contiguous()
+    if in_mask is not None:
+        grad = _times_inputs(grad, in_mask, picks)
+    if picks.ins is None and picks.outs is None:
+        return grad
+    offsets = _offsets(picks, weight_shape, last=False)
+    return _spread_part(grad.flatten(1), weight_shape, picks.outs, offsets, picks.groups)
 
 
 def bn_act(
@@ -196,96 +201,146 @@ def bn_act(
 bn_act_backward = partial(bn_act_backward_through, backward_epilogue)
 
 
+class _Picks(NamedTuple):
+    """The channels that are computed: the active ones and, where groups keep different counts, some that are not."""
+
+    groups: int
+    ins: Tensor | None  # [groups * n], increasing; None: all
+    outs: Tensor | None  # [groups * m], increasing; None: all
+    filled: bool  # masked channels are among them
+
+
+def _picks(in_mask: Tensor | None, out_mask: Tensor | None, weight_shape: Sequence[int], groups: int) -> _Picks:
+    """Groups without an active output are left out; the others take as many channels as the fullest of them needs.
+
+    oneDNN convolves 4, 8, 16, 24... channels per group in a half of the time, or less, that it takes for the numbers
+    in between: counts are rounded up to them.
+    """
+    ins, outs = _active(in_mask), _active(out_mask)
+    if groups == 1 or (ins is None and outs is None):
+        return _Picks(groups, ins, outs, False)
+    sizes = weight_shape[1], weight_shape[0] // groups
+    active = [
+        torch.ones(groups, size, dtype=torch.bool) if mask is None else (mask != 0).view(groups, size)
+        for mask, size in zip((in_mask, out_mask), sizes, strict=True)
+    ]
+    groups_left = active[1].any(1).nonzero()
+    if len(groups_left) == 0:
+        return _Picks(0, groups_left[:, 0], groups_left[:, 0], False)
+    picked: list[Tensor | None] = []
+    filled = False
+    for here, size in zip(active, sizes, strict=True):
+        here = here[groups_left[:, 0]]
+        most = int(here.sum(1).max())
+        count = min(size, 4 if most <= 4 else -(-most // 8) * 8)
+        order = torch.sort(here.int(), dim=1, descending=True, stable=True).indices
+        first = order[:, :count].sort(1).values
+        filled = filled or not bool(here.gather(1, first).all())
+        picked.append(None if first.numel() == groups * size else (groups_left * size + first).flatten())
+    return _Picks(len(groups_left), picked[0], picked[1], filled)
+
+
 def _convolve(
     x: Tensor,
     weight: Tensor,
     in_mask: Tensor | None,
-    outs: Tensor | None,
+    out_mask: Tensor | None,
+    picks: _Picks,
     a: Tensor | None,
     b: Tensor | None,
     geometry: Geometry,
     columns: Tensor | None,
 ) -> Tensor:
-    """a ⊙ conv2d(in_mask ⊙ x, weight) + b in the output channels `outs`. [N, len(outs), Ho, Wo]
+    """a ⊙ conv2d(in_mask ⊙ x, weight) + b in the picked output channels. [N, len(outs), Ho, Wo]
 
     a, b [Cout] and in_mask are folded into the weight, so that they cost nothing.
     """
-    form = layout(x)
-    x = x.contiguous(memory_format=form)
+    form, outs, (stride, padding, dilation, _) = layout(x), picks.outs, geometry
     a = a if a is None or outs is None else a.index_select(0, outs)
     b = b if b is None or outs is None else b.index_select(0, outs)
-    if columns is not None:
-        return _columns_forward(x, weight, outs, a, b, geometry, columns, form)
-    stride, padding, dilation, groups = geometry
-    small = _rows(weight, outs)
-    if groups > 1:
-        if outs is not None or in_mask is not None:
-            x = _depthwise_input(x, in_mask, outs, form)
-        groups = len(small)
-    elif in_mask is not None:
-        ins = _active(in_mask)
-        if ins is not None:
-            x, small, in_mask = _gather(x, ins, None, form), small.index_select(1, ins), in_mask.index_select(0, ins)
-        small = _times(small, in_mask.view(1, -1, 1, 1))
-    if a is not None:
-        small = _times(small, a.view(-1, 1, 1, 1))
-    if x.numel() == 0 or small.numel() == 0:
-        y = torch.empty(output_shape(x, small.shape, geometry), memory_format=form)
+    shape = (x.shape[0], weight.shape[0] if outs is None else len(outs), *output_shape(x, weight.shape, geometry)[2:])
+    width = next((len(listed) for listed in (columns, picks.ins) if listed is not None), weight[0].numel())
+    if 0 in (*shape, *x.shape, width):
+        y = torch.empty(shape, memory_format=form)
         return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
-    return F.conv2d(x, small, b, stride, padding, dilation, groups).contiguous(memory_format=form)
+    small = _listed(weight, outs, columns) if columns is not None else _picked_weight(weight, in_mask, out_mask, picks)
+    if in_mask is not None:
+        small = _times_inputs(small, in_mask, picks)
+    if a is not None:
+        small = _times(small, a.view(-1, *[1] * (small.dim() - 1)))
+    x = x.contiguous(memory_format=form)
+    if picks.ins is not None and geometry[3] == 1 and tuple(weight.shape[2:]) == (1, 1):
+        columns, small = picks.ins, small.flatten(1)
+    if columns is not None:
+        return _columns_forward(x, small, b, weight.shape, geometry, columns, form)
+    x = _gather_inputs(x, in_mask, picks, form)
+    return F.conv2d(x, small, b, stride, padding, dilation, picks.groups).contiguous(memory_format=form)
 
 
-def _depthwise_input(x: Tensor, in_mask: Tensor | None, outs: Tensor | None, form: torch.memory_format) -> Tensor:
-    """in_mask ⊙ x in the channels `outs`."""
-    index = torch.arange(x.shape[1]) if outs is None else outs
-    return _gather(x, index, None if in_mask is None else in_mask.index_select(0, index), form)
+def _gather_inputs(x: Tensor, in_mask: Tensor | None, picks: _Picks, form: torch.memory_format) -> Tensor:
+    """The picked channels of x, zeros in those that are masked."""
+    if not picks.filled or in_mask is None:
+        return _gather(x, picks.ins, None, form)
+    index = torch.arange(x.shape[1]) if picks.ins is None else picks.ins
+    return _gather(x, index, (in_mask.index_select(0, index) != 0).float(), form)
 
 
-def _backward_weight(
-    grad: Tensor,
-    x: Tensor,
-    weight_shape: Sequence[int],
-    in_mask: Tensor | None,
-    outs: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    """The gradient of the rows `outs` of the weight. [len(outs), Cin / groups, kH, kW]"""
-    shape = (grad.shape[1], *weight_shape[1:])
-    form, ins, groups = layout(x), None, geometry[3]
-    if groups > 1:
-        x, groups = _depthwise_input(x, in_mask, outs, form), shape[0]
-    else:
-        ins = _active(in_mask)
-        x = _gather(x, ins, None, form)
-    if x.numel() == 0 or grad.numel() == 0:
-        return x.new_zeros(shape)
-    small = shape if ins is None else (shape[0], len(ins), *shape[2:])
-    found = convolution_backward(grad, x, x.new_empty(small), (*geometry[:3], groups), False, wants=1)
-    if geometry[3] > 1 or in_mask is None:
-        return found.contiguous()
-    if ins is not None:
-        found = found.new_zeros(shape).index_copy(1, ins, found)
-    return _times(found, in_mask.view(1, -1, 1, 1)).contiguous()
+def _picked_weight(weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, picks: _Picks) -> Tensor:
+    """The weight between the picked channels, zeros where one of them is masked. [len(outs), n, kH, kW]"""
+    small = weight
+    if picks.ins is not None or picks.outs is not None:
+        matrix, last = _flat(weight)
+        part = _pick_part(matrix, picks.outs, _offsets(picks, weight.shape, last), picks.groups)
+        height, width = weight.shape[2:]
+        if last:
+            small = part.view(len(part), height, width, -1).permute(0, 3, 1, 2)
+        else:
+            small = part.view(len(part), -1, height, width)
+    return _without_masked(small, in_mask, out_mask, picks) if picks.filled else small
+
+
+def _offsets(picks: _Picks, weight_shape: Sequence[int], last: bool) -> Tensor | None:
+    """Where the picked inputs lie in a row of the flat weight, group by group; None: everywhere."""
+    if picks.ins is None:
+        return None
+    channels, taps = weight_shape[1], torch.arange(weight_shape[2] * weight_shape[3])
+    ins = (picks.ins % channels).view(picks.groups, -1)
+    if last:
+        return (taps.view(1, -1, 1) * channels + ins.unsqueeze(1)).flatten()
+    return (ins.unsqueeze(2) * len(taps) + taps).flatten()
+
+
+def _without_masked(weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, picks: _Picks) -> Tensor:
+    """The picked weight with zeros where a channel is masked, whatever it holds there."""
+    groups = weight.reshape(picks.groups, -1, *weight.shape[1:])
+    if out_mask is not None:
+        outs = out_mask if picks.outs is None else out_mask.index_select(0, picks.outs)
+        groups = torch.where(outs.view(picks.groups, -1, 1, 1, 1) != 0, groups, 0)
+    if in_mask is not None:
+        ins = in_mask if picks.ins is None else in_mask.index_select(0, picks.ins)
+        groups = torch.where(ins.view(picks.groups, 1, -1, 1, 1) != 0, groups, 0)
+    return groups.flatten(0, 1)
+
+
+def _times_inputs(weight: Tensor, in_mask: Tensor, picks: _Picks) -> Tensor:
+    """in_mask ⊙ the picked weight."""
+    factors = (in_mask if picks.ins is None else in_mask.index_select(0, picks.ins)).view(picks.groups, 1, -1, 1, 1)
+    return _times(weight.reshape(picks.groups, -1, *weight.shape[1:]), factors).flatten(0, 1)
 
 
 def _columns_forward(
     x: Tensor,
-    weight: Tensor,
-    outs: Tensor | None,
-    a: Tensor | None,  # [len(outs)]
-    b: Tensor | None,  # [len(outs)]
+    listed: Tensor,  # [m, K]
+    b: Tensor | None,  # [m]
+    weight_shape: Sequence[int],
     geometry: Geometry,
     columns: Tensor,
     form: torch.memory_format,
 ) -> Tensor:
-    """The product over the listed columns only, a few images at a time. [N, len(outs), Ho, Wo]"""
-    listed = _listed(weight, outs, columns)
-    listed = listed if a is None else _times(listed, a.view(-1, 1))
-    shape = (x.shape[0], len(listed), *output_shape(x, weight.shape, geometry)[2:])
+    """The product over the listed columns only, a few images at a time. [N, m, Ho, Wo]"""
+    shape = (x.shape[0], len(listed), *output_shape(x, weight_shape, geometry)[2:])
     y = torch.empty(shape, memory_format=form)
-    if listed.numel() == 0 or y.numel() == 0:
-        return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
-    for part, packed in _packed(x, weight.shape, geometry, columns, form):
+    for part, packed in _packed(x, weight_shape, geometry, columns, form):
         mine = y[part]
         if form == torch.channels_last:
             _multiply(packed, listed.t(), b, mine.permute(0, 2, 3, 1).view(-1, shape[1]))
@@ -298,7 +353,12 @@ def _columns_forward(
 
 
 def _columns_backward_weight(
-    grad: Tensor, x: Tensor, weight_shape: Sequence[int], geometry: Geometry, columns: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight_shape: Sequence[int],
+    outs: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor,
 ) -> Tensor:
     total, form = grad.new_zeros(grad.shape[1], len(columns)), layout(x)
     if grad.numel() and len(columns):
@@ -307,18 +367,17 @@ def _columns_backward_weight(
                 total.addmm_(grad[part].permute(0, 2, 3, 1).reshape(-1, len(total)).t(), packed)
             else:
                 total.addmm_(grad[part].transpose(0, 1).reshape(len(total), -1), packed.t())
-    _, cin, height, width = weight_shape
-    full = grad.new_zeros(len(total), height * width * cin).index_copy(1, columns, total)
-    return full.view(len(total), height, width, cin).permute(0, 3, 1, 2).contiguous()
+    return _spread_part(total, weight_shape, outs, _column_offsets(columns, weight_shape, last=False), 1)
 
 
 def _columns_backward_input(
     grad: Tensor, x: Tensor, weight: Tensor, outs: Tensor | None, geometry: Geometry, columns: Tensor
 ) -> Tensor:
-    form, listed = layout(x), _listed(weight, outs, columns)
+    form = layout(x)
     grad_x = torch.empty(x.shape, memory_format=form)
-    if grad.numel() == 0 or listed.numel() == 0:
+    if grad.numel() == 0 or len(columns) == 0:
         return grad_x.zero_()
+    listed = _listed(weight, outs, columns)
     args = _columns_args(x, weight.shape, geometry, columns, form)
     for part in _parts(len(x), len(columns) * grad.shape[2] * grad.shape[3]):
         if form == torch.channels_last:
@@ -332,8 +391,46 @@ def _columns_backward_input(
 
 def _listed(weight: Tensor, outs: Tensor | None, columns: Tensor) -> Tensor:
     """The listed columns of the rows `outs`. [len(outs), K]"""
-    rows = _rows(weight, outs)
-    return rows.permute(0, 2, 3, 1).reshape(len(rows), weight[0].numel()).index_select(1, columns)
+    matrix, last = _flat(weight)
+    return _pick_part(matrix, outs, _column_offsets(columns, weight.shape, last), 1)
+
+
+def _column_offsets(columns: Tensor, weight_shape: Sequence[int], last: bool) -> Tensor:
+    """Where the listed columns lie in a row of the flat weight."""
+    channels, taps = weight_shape[1], weight_shape[2] * weight_shape[3]
+    return columns if last else columns % channels * taps + columns // channels
+
+
+def _flat(weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight as a matrix of rows of memory, and whether its input channels lie side by side in them."""
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return (weight.permute(0, 2, 3, 1) if last else weight.contiguous()).view(len(weight), -1), last
+
+
+def _part_args(width: int, rows: Tensor | None, columns: Tensor | None, shape: Sequence[int], groups: int) -> Any:
+    arguments = _address(rows), shape[0], _address(columns), shape[1], groups, torch.get_num_threads()
+    return _native.module("cpp").Part(width, *arguments)
+
+
+def _pick_part(matrix: Tensor, rows: Tensor | None, columns: Tensor | None, groups: int) -> Tensor:
+    """The listed rows and, of those of each group, the columns listed for it."""
+    height, width = matrix.shape
+    part = matrix.new_empty(
+        height if rows is None else len(rows), width if columns is None else columns.numel() // groups
+    )
+    args = _part_args(width, rows, columns, part.shape, groups)
+    _native.module("cpp").pick_part(matrix.data_ptr(), args, part.data_ptr())
+    return part
+
+
+def _spread_part(
+    part: Tensor, weight_shape: Sequence[int], rows: Tensor | None, columns: Tensor | None, groups: int
+) -> Tensor:
+    """The reverse, as a weight: zeros elsewhere."""
+    weight = part.new_empty(tuple(weight_shape))
+    args = _part_args(weight[0].numel(), rows, columns, part.shape, groups)
+    _native.module("cpp").spread_part(part.data_ptr(), len(weight), args, weight.data_ptr())
+    return weight
 
 
 def _packed(
@@ -392,10 +489,6 @@ def _active(mask: Tensor | None) -> Tensor | None:
 def _times(weight: Tensor, factors: Tensor) -> Tensor:
     """weight ⊙ factors, which are often all 1: a weight may be larger than what it is multiplied with."""
     return weight if bool((factors == 1).all()) else weight * factors
-
-
-def _rows(weight: Tensor, outs: Tensor | None) -> Tensor:
-    return weight if outs is None else weight.index_select(0, outs)
 
 
 def _weighted(sums: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

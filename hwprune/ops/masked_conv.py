@@ -58,7 +58,7 @@ def masked_conv2d(
         stats: return what BatchNorm's training needs instead: the raw convolution (out_mask decides which channels are
             skipped, and does not scale), and its sum and sum of squares per channel. Excludes the epilogue's arguments.
         allow_tf32: let a CUDA device round float32 operands to tf32.
-        backend: "auto", "reference", "cpp" (float32 on the CPU, without groups or depthwise), "triton" or "cuda".
+        backend: "auto", "reference", "cpp" (float32 on the CPU), "triton" or "cuda".
 
     Returns:
         [N, Cout, Ho, Wo]; with stats the raw convolution [N, Cout, Ho, Wo], sums [Cout] and squares [Cout].
