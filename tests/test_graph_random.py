@@ -1,11 +1,14 @@
 """The law on networks nobody drew: random compositions of the ways in which tensors are wired."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from graph_law import law
+from graph_law import assert_same, law, masked, outputs, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from hwprune.graph import resize
 
 STEPS = (
     "conv",
@@ -97,3 +100,9 @@ def test_random_wirings_obey_the_law(steps, seed):
     torch.manual_seed(seed)
     program, _ = law(Wired(steps), (torch.randn(2, 3, 4, 4),), seed=seed)
     assert {frozen.operator for frozen in program.groups.frozen} <= {"output"}
+    removable = np.flatnonzero(program.groups.removable)
+    for removed in (removable, np.random.default_rng(seed).choice(removable, len(removable) // 2, replace=False)):
+        stays = ~np.isin(np.arange(len(program.groups)), removed)
+        keep = random_keep(program, seed) & np.repeat(stays, program.groups.widths)
+        small = outputs(resize(program, keep).eval(), program.example_inputs)
+        assert_same(small, outputs(masked(program, keep), program.example_inputs))

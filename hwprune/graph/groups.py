@@ -38,12 +38,14 @@ class Group:
 
     normalised: the operator that normalises over these channels (layer_norm), or None. Removing a channel changes
     such a norm's statistics, so the law "masked equals resized" does not hold for the group.
+    removable: without any of these channels the network is still connected: they are the inside of a residual block.
     """
 
     name: str
     width: int
     slots: tuple[Slot, ...]
     normalised: str | None = None
+    removable: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,26 @@ class Groups:
         """ΣC, the length of every flat array."""
         return int(self.widths.sum())
 
+    @property
+    def removable(self) -> Bools:
+        """[G] which groups may be left without a channel."""
+        return np.array([group.removable for group in self.items], dtype=np.bool_)
+
+    def kept(self, keep: Bools) -> Ints:
+        """How many channels of every group `keep` [ΣC] leaves. [G]"""
+        running = np.concatenate([[0], np.cumsum(keep)])
+        return np.asarray(np.diff(running[self.offsets]), dtype=np.int64)
+
     def check_keep(self, keep: Any) -> Bools:
-        """`keep` as a bool array [ΣC]; raises InvalidInput on another length or a group left empty."""
+        """`keep` as a bool array [ΣC]; raises InvalidInput on another length or a group left empty that has to stay."""
         flat = keep.detach().cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
         if flat.shape != (self.total,):
             raise InvalidInput(f"keep has shape {flat.shape}; it needs one value per channel, ({self.total},).")
         flat = flat.astype(np.bool_)
-        if len(self):
-            kept = np.add.reduceat(flat.astype(np.int64), self.offsets[:-1])
-            if not kept.all():
-                empty = self.names[int(np.argmin(kept))]
-                raise InvalidInput(f"keep leaves group {empty} without a channel; every group keeps at least one.")
+        empty = np.flatnonzero((self.kept(flat) == 0) & ~self.removable)
+        if len(empty):
+            name = self.names[int(empty[0])]
+            raise InvalidInput(f"keep leaves group {name} without a channel; every group keeps at least one.")
         return flat
 
 

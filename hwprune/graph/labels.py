@@ -173,6 +173,11 @@ def operator_of(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def mutates(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by schema name, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload), node
@@ -199,12 +204,12 @@ _VIEWS = {
     "unsafe_split_with_sizes", "movedim", "swapaxes", "swapdims", "unfold", "diagonal", "adjoint", "getitem",
     "expand_as", "broadcast_to",
 }  # fmt: skip
-_SAME = {
+SAME = {
     "contiguous", "clone", "alias", "detach", "to", "_to_copy", "dropout", "feature_dropout", "alpha_dropout",
     "lift_fresh_copy", "hardswish", "type_as",
 }  # fmt: skip
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as"}
-MOVEMENT = _VIEWS | _SAME - {"dropout", "feature_dropout", "alpha_dropout", "hardswish"} | RESHAPES
+MOVEMENT = _VIEWS | SAME - {"dropout", "feature_dropout", "alpha_dropout", "hardswish"} | RESHAPES
 _POOLS = {
     "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3,
     "adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3, "adaptive_max_pool1d": 1,
@@ -315,7 +320,7 @@ class _Run:
             arguments = bound_arguments(node)
             if name in self.rules:
                 result = self.rules[name](node, arguments)
-            elif name in _SAME:
+            elif name in SAME:
                 result = self.value(next(iter(arguments.values())))
             elif name in _VIEWS:
                 result = self.move(node)

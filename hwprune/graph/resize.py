@@ -1,12 +1,17 @@
-"""A smaller program: parameters sliced along every labelled dim, sizes in the graph counted anew from what is kept."""
+"""A smaller program: parameters sliced along every labelled dim, sizes in the graph counted anew from what is kept.
+
+A residual block whose inner channels are all gone is replaced by the constant that it returns, a parameter of its own.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from hwprune.graph.blocks import channel_of
 from hwprune.graph.labels import (
     CONVS,
     Labels,
@@ -16,7 +21,7 @@ from hwprune.graph.labels import (
     operator_of,
     shape_of,
 )
-from hwprune.graph.trace import Program, set_tensor
+from hwprune.graph.trace import Program, get_tensor, set_tensor
 
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _ATEN = torch.ops.aten
@@ -26,7 +31,14 @@ def resize(program: Program, keep: Any) -> fx.GraphModule:
     """The program without the channels whose `keep` [ΣC] is false, as a module that owns copies of its tensors.
 
     Node names and the keys of `state_dict()` are those of the dense program. Batch norms and dropouts are modules,
-    so that `.train()` means what it means in the model. Raises InvalidInput if a group would be left empty.
+    so that `.train()` means what it means in the model. Raises InvalidInput if a group would be left empty that is not
+    removable.
+
+    Without a channel of a removable group, the calls of its residual block are left out, and what the block returns in
+    inference mode is added in their place: `<call>_constant`, a parameter, or nothing where the block has neither
+    biases nor norms. That is exactly what the masked block computes in inference mode with the present parameters and
+    running statistics. In training mode the masked block's last norm sees zeros and returns its shift: the same once
+    its running mean has followed.
     """
     return Resizer(program, keep).run()
 
@@ -36,22 +48,32 @@ class Resizer:
 
     def __init__(self, program: Program, keep: Any) -> None:
         flat = program.groups.check_keep(keep)
+        self.removed = np.flatnonzero(program.groups.kept(flat) == 0)  # groups without a channel
+        self.remains = program.blocks.without(self.removed.tolist())
         self.labels: Labels = program.labels
         self.alive = torch.ones(len(self.labels.coupling.root), dtype=torch.bool)
         self.alive[torch.from_numpy(program.groups.components[~flat])] = False
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.map: dict[fx.Node, fx.Node] = {}
+        self.constants: dict[str, fx.Node] = {}  # parameters that stand for a block, and the call whose value they have
 
     def run(self) -> fx.GraphModule:
         for node in self.labels.module.graph.nodes:
             if node.op == "placeholder":
                 self.map[node] = self.graph.placeholder(str(node.target))
+            elif node in self.remains.bypassed:
+                self.map[node] = self.map[self.remains.bypassed[node]]
+            elif node in self.remains.dead:
+                continue
             elif node.op == "get_attr":
                 self.map[node] = self.attribute(node)
             elif node.op == "output":
                 self.graph.output(fx.node.map_arg(node.args[0], self.map.__getitem__))
             else:
+                for operand in node.all_input_nodes:
+                    if operand in self.remains.constants and operand not in self.map:
+                        self.map[operand] = self.constant(operand)
                 self.map[node] = self.call(node)
         modules_for_training(self.root, self.graph)
         return fx.GraphModule(self.root, self.graph)
@@ -108,6 +130,49 @@ class Resizer:
         leaf = name.rpartition(".")[2]
         set_tensor(self.root, name, tensor, source is None or leaf not in source._non_persistent_buffers_set)
 
+    def constant(self, node: fx.Node) -> fx.Node:
+        """The parameter in place of a call that does not depend on the input any more."""
+        name = f"{node.name}_constant"
+        with torch.enable_grad():
+            value = self.value_of(node, lambda key: get_tensor(self.labels.module, key))
+        set_tensor(self.root, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
+        self.constants[name] = node
+        return self.graph.get_attr(name)
+
+    def value_of(self, node: fx.Node, tensor_of: Callable[[str], Tensor]) -> Tensor:
+        """What a constant is, with the dense parameters and buffers that `tensor_of` gives by name."""
+        constants = self.remains.constants
+        if node.op == "get_attr":
+            return self.thin(str(node.target), tensor_of(str(node.target)))
+        given = bound_arguments(node)
+        name = operator_of(node)
+
+        def value(operand: fx.Node) -> Tensor:
+            return self.value_of(operand, tensor_of)
+
+        if name in CONVS or name == "linear":
+            bias = None if given["bias"] is None else value(given["bias"])
+            if given["input"] not in constants:  # it reads nothing
+                weight = value(given["weight"])
+                channel = channel_of(node)
+                size = self.kept(self.labels.values[node])[channel]
+                bias = weight.new_zeros(size) if bias is None else bias
+                return bias.view([-1 if d == channel else 1 for d in range(len(shape_of(node)))])
+            weight = value(given["weight"])
+            if name == "linear":
+                return nn.functional.linear(value(given["input"]), weight, bias)
+            spatial = list(range(2, weight.ndim))  # all pixels are alike, and none is padding unless they are 0
+            groups = self.changes(node, name, given).get("groups", given["groups"])
+            options = {"bias": bias, "groups": groups}
+            conv: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+            return conv(value(given["input"]), weight.sum(spatial, keepdim=True), **options)
+        args = list(fx.node.map_arg(node.args, value))
+        kwargs = dict(fx.node.map_arg(node.kwargs, value))
+        target = _out_of_place(node.target)
+        args, kwargs = _replace(target, args, kwargs, self.changes(node, name, given))
+        result: Tensor = target(*args, **kwargs)
+        return result
+
     def call(self, node: fx.Node) -> fx.Node:
         args = list(fx.node.map_arg(node.args, self.map.__getitem__))
         kwargs = dict(fx.node.map_arg(node.kwargs, self.map.__getitem__))
@@ -120,6 +185,8 @@ class Resizer:
                 target, args, kwargs = _ATEN.split_with_sizes.default, [args[0], changes["as_split"], given["dim"]], {}
                 changes = {}
             args, kwargs = _replace(target, args, kwargs, changes)
+            if node.args and node.args[0] in self.remains.constants:
+                target = _out_of_place(target)  # the parameter must not be written to
         new = self.graph.create_node("call_function", target, tuple(args), kwargs, name=node.name)
         new.meta["dense_shape"] = shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
         if node in self.labels.pinned and operator_of(node) == "mean":
@@ -206,6 +273,12 @@ class Resizer:
             self.hang(attribute, new, trained=False)
             indices[dim] = self.graph.get_attr(attribute)
         return {"indices": indices} if name == "index" else {"index": indices[-1]}
+
+
+def _out_of_place(target: Any) -> Any:
+    """The operator that returns a new tensor where `target` changes its first argument."""
+    packet, _, overload = str(target).removeprefix("aten.").partition(".")
+    return getattr(getattr(_ATEN, packet.removesuffix("_")), overload) if target._schema.is_mutable else target
 
 
 def _any_batch(sizes: Sequence[int]) -> list[int]:

@@ -40,11 +40,18 @@ def cut(model: nn.Module, program: Program, keep: Any) -> Cut:
 
     The module is accepted only if it computes what `resize(program, keep)` computes, on the example inputs and with
     parameters moved at random; `model` itself is left as it is. Training flags and `requires_grad` carry over.
-    Raises InvalidInput if a group would be left empty, or if `program` was traced from another model.
+    Where residual blocks lose all their channels, the network is the resized program: a forward of the user's names
+    the layers of its blocks and would go on to call them, or what stands in their place.
+    Raises InvalidInput if a group would be left empty that is not removable, or if `program` was traced from another
+    model.
     """
     resizer = Resizer(program, keep)
     resized = resizer.run()
     _take_values(model, program, resized, resizer)
+    if len(resizer.removed):
+        names = ", ".join(program.groups.names[g] for g in resizer.removed)
+        reason = f"Its own forward would go on to run the residual blocks that lost all their channels ({names})."
+        return Cut(_as_trained(resized, model), "program", reason)
     rescaling = _rescaling(program, resizer, resized)
     try:
         module = _shrink(model, program, resized)
@@ -72,6 +79,17 @@ def _take_values(model: nn.Module, program: Program, resized: fx.GraphModule, re
             with torch.no_grad():
                 small.copy_(resizer.thin(key, mine.detach()))
         small.requires_grad_(mine.requires_grad)
+
+    def present(key: str) -> Tensor:
+        mine = _find(model, key)
+        return get_tensor(program.module, key) if mine is None else mine
+
+    for key, node in resizer.constants.items():
+        with torch.enable_grad():
+            value = resizer.value_of(node, present)
+        small = get_tensor(resized, key).requires_grad_(value.requires_grad)
+        with torch.no_grad():
+            small.copy_(value)
 
 
 def _find(root: nn.Module, key: str) -> Tensor | None:

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from hwprune.errors import UnsupportedModel
+from hwprune.graph.blocks import Blocks
 from hwprune.graph.groups import Groups, find_groups
-from hwprune.graph.labels import Labels, propagate
+from hwprune.graph.labels import Labels, mutates, propagate
 
 Attention = Literal["heads", "dims"]
 
@@ -47,9 +48,14 @@ class Program:
         return propagate(self.module, self.attention)
 
     @cached_property
+    def blocks(self) -> Blocks:
+        """Which groups may lose every channel, and what is left of the program then."""
+        return Blocks(self.labels, find_groups(self.labels, self.constants))
+
+    @cached_property
     def groups(self) -> Groups:
         """The coupled channels, and what is frozen and by which operator."""
-        return find_groups(self.labels, self.constants)
+        return self.blocks.groups
 
 
 def trace(
@@ -139,7 +145,7 @@ def _flatten(exported: torch.export.ExportedProgram) -> tuple[fx.GraphModule, fr
             graph.erase_node(node)
     module = fx.GraphModule(root, graph)
     constants |= _fold_constants(module)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _mutates(node))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or mutates(node))
     module.recompile()
     return module, frozenset(constants)
 
@@ -158,10 +164,6 @@ def _unwrap_output(graph: fx.Graph, exported: torch.export.ExportedProgram) -> N
     output.args = (values[0] if spec is not None and spec.is_leaf() else values,)
 
 
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _fold_constants(module: fx.GraphModule) -> set[str]:
     """Evaluate what depends on no input and no parameter (position grids, masks); returns the new attributes' names."""
     constant: dict[fx.Node, Any] = {}
@@ -173,7 +175,7 @@ def _fold_constants(module: fx.GraphModule) -> set[str]:
             args = fx.node.map_arg(node.args, constant.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, constant.__getitem__)
             constant[node] = node.target(*args, **kwargs)
-    if any(_mutates(node) and node.args[0] in constant for node in module.graph.nodes):
+    if any(mutates(node) and node.args[0] in constant for node in module.graph.nodes):
         return set()  # written into during the forward: must be born anew each time
     names: set[str] = set()
     for node, value in constant.items():
