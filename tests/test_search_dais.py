@@ -388,6 +388,6 @@ def test_a_real_network_keeps_its_accuracy_at_half_of_its_flops():
     chosen = DAIS.allocate(program.groups, cost, found.widths, found.ranking, budget)
     smaller = cut(model, program, keep_top(program.groups, chosen.widths, found.ranking)).module
     recalibrate(smaller, data.calibration)
-    assert chosen.cost <= budget and evaluate(smaller, data.test).accuracy > 0.8  # uniform: 0.73
+    assert chosen.cost <= budget and evaluate(smaller, data.test).accuracy > 0.93  # uniform: 0.73
     fit(smaller, data.train, Recipe(epochs=2, lr=0.02, seed=0), progress=False)
-    assert evaluate(smaller, data.test).accuracy > 0.94
+    assert evaluate(smaller, data.test).accuracy > 0.93
