@@ -488,8 +488,24 @@ void channel_sums(const float* x, const Batch& batch, float* sums, float* square
 
 void pick_part(const float* matrix, const Part& args, float* part) {
   const int64_t count = args.column_count, per_group = args.row_count / std::max<int64_t>(1, args.groups);
+  // Rows are read from left to right, which the memory likes, and put into the order asked for afterwards.
+  std::vector<Picker> pickers;
+  std::vector<int32_t> places(args.columns ? static_cast<size_t>(args.groups * count) : 0);
+  bool ordered = true;
+  for (int64_t g = 0; args.columns && g < args.groups; ++g) {
+    std::vector<int64_t> sorted(args.columns + g * count, args.columns + (g + 1) * count);
+    if (!std::is_sorted(sorted.begin(), sorted.end())) {
+      ordered = false;
+      std::sort(sorted.begin(), sorted.end());
+    }
+    for (int64_t j = 0; j < count; ++j)
+      places[static_cast<size_t>(g * count + j)] = static_cast<int32_t>(
+          std::lower_bound(sorted.begin(), sorted.end(), args.columns[g * count + j]) - sorted.begin());
+    pickers.emplace_back(sorted.data(), count, args.width);
+  }
   parallel(args.row_count, kGrain / std::max<int64_t>(1, count), args.threads,
            [&](int64_t, int64_t begin, int64_t end) {
+             Floats picked(ordered ? 0 : static_cast<size_t>(count));
              for (int64_t r = begin; r < end; ++r) {
                const float* from = matrix + (args.rows ? args.rows[r] : r) * args.width;
                float* to = part + r * count;
@@ -497,8 +513,11 @@ void pick_part(const float* matrix, const Part& args, float* part) {
                  copy(from, count, 1.0f, to);
                  continue;
                }
-               const int64_t* columns = args.columns + r / per_group * count;
-               for (int64_t j = 0; j < count; ++j) to[j] = from[columns[j]];
+               const auto group = static_cast<size_t>(r / per_group);
+               pickers[group].pick(from, ordered ? to : picked.data());
+               if (ordered) continue;
+               const int32_t* place = places.data() + group * static_cast<size_t>(count);
+               for (int64_t j = 0; j < count; ++j) to[j] = picked[static_cast<size_t>(place[j])];
              }
            });
 }

@@ -47,15 +47,16 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     picks, shape = _picks(in_mask, out_mask, weight.shape, geometry[3]), output_shape(x, weight.shape, geometry)
     outs, form = picks.outs, layout(x)
-    a, b = _affine(x, shape[1], out_mask, scale, shift)
     if save_raw:
         compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry, columns)
+        a, b = _affine(x, shape[1], out_mask, scale, shift)
         return _finish(compact, outs, a, b, out_mask, residual, act, shape, form, keep_raw=True)
-    compact = _convolve(x, weight, in_mask, out_mask, picks, a, None if shift is None else b, geometry, columns)
+    factor, offset = _at(out_mask, scale, outs), None if shift is None else _at(out_mask, shift, outs)
+    compact = _convolve(x, weight, in_mask, out_mask, picks, factor, offset, geometry, columns)
     if residual is None:  # all activations leave zeros as they are
         compact = _activate_(compact, act)
         return (compact if outs is None else _scatter(compact, outs, None, None, shape, form)[0]), None
-    ones, zeros = torch.ones_like(a), torch.zeros_like(b)
+    ones, zeros = x.new_ones(shape[1]), x.new_zeros(shape[1])
     return _finish(compact, outs, ones, zeros, out_mask, residual, act, shape, form, keep_raw=False)
 
 
@@ -246,18 +247,16 @@ def _convolve(
     in_mask: Tensor | None,
     out_mask: Tensor | None,
     picks: _Picks,
-    a: Tensor | None,
-    b: Tensor | None,
+    a: Tensor | None,  # [len(outs)]
+    b: Tensor | None,  # [len(outs)]
     geometry: Geometry,
     columns: Tensor | None,
 ) -> Tensor:
     """a ⊙ conv2d(in_mask ⊙ x, weight) + b in the picked output channels. [N, len(outs), Ho, Wo]
 
-    a, b [Cout] and in_mask are folded into the weight, so that they cost nothing.
+    a, b and in_mask are folded into the weight, so that they cost nothing.
     """
     form, outs, (stride, padding, dilation, _) = layout(x), picks.outs, geometry
-    a = a if a is None or outs is None else a.index_select(0, outs)
-    b = b if b is None or outs is None else b.index_select(0, outs)
     shape = (x.shape[0], weight.shape[0] if outs is None else len(outs), *output_shape(x, weight.shape, geometry)[2:])
     width = next((len(listed) for listed in (columns, picks.ins) if listed is not None), weight[0].numel())
     if 0 in (*shape, *x.shape, width):
@@ -269,8 +268,6 @@ def _convolve(
     if a is not None:
         small = _times(small, a.view(-1, *[1] * (small.dim() - 1)))
     x = x.contiguous(memory_format=form)
-    if picks.ins is not None and geometry[3] == 1 and tuple(weight.shape[2:]) == (1, 1):
-        columns, small = picks.ins, small.flatten(1)
     if columns is not None:
         return _columns_forward(x, small, b, weight.shape, geometry, columns, form)
     x = _gather_inputs(x, in_mask, picks, form)
@@ -505,6 +502,16 @@ def _affine(
     if mask is None:
         return a, b
     return torch.where(mask != 0, a * mask, 0), torch.where(mask != 0, b * mask, 0)
+
+
+def _at(mask: Tensor | None, values: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """mask ⊙ values in the listed channels, 0 in masked ones; either may be absent, both: None."""
+    mask, values = (
+        given if given is None or index is None else given.index_select(0, index) for given in (mask, values)
+    )
+    if mask is None or values is None:
+        return mask if values is None else values
+    return torch.where(mask != 0, values * mask, 0)
 
 
 def _activate_(x: Tensor, act: str) -> Tensor:

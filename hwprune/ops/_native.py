@@ -47,6 +47,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def recorded(*differentiable: torch.Tensor | None) -> bool:
+    """Whether a call must go through torch's dispatcher: for a gradient, or for something that looks on.
+
+    The dispatcher's care for an operator written in Python costs 100 us, which may be more than the operator.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return traced or (
+        torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in differentiable)
+    )
+
+
 def backends() -> dict[str, str | None]:
     """Every backend by name: None where it works on this machine, else the cause and the remedy."""
     no_device = None if torch.cuda.is_available() else "torch sees no CUDA device"

@@ -20,10 +20,11 @@ _MODULES = {
     "cuda": "hwprune.ops._cuda_conv",
 }
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
-# Below so many multiplications (counted at stride 1) picking channels costs more than it saves. At half of the channels
-# on both sides 9 million take twice as long as multiplied dense, 38 million as long, 150 million half as long
-# (one thread of an AMD EPYC; benchmarks/bench_ops.py times these two ways).
-_FEW_PRODUCTS = 40_000_000
+# Below so many multiplications (counted at stride 1) picking channels costs more than it saves, without groups and with
+# them. Plain torch's time over ours at half of the channels on both sides, one thread of an AMD EPYC: without groups 0.5
+# at 9 million, 1.0 at 38, 2 at 150; in groups of 16 and 32 channels 1.1 at 58 million and 1.6 at 116 where all keep the
+# same number, 0.6 and 0.9 where they do not. benchmarks/bench_ops.py times shapes without groups in both ways.
+_FEW_PRODUCTS = {False: 40_000_000, True: 100_000_000}
 
 
 def masked_conv2d(
@@ -94,16 +95,15 @@ def masked_conv2d(
             x, weight, in_mask, out_mask, columns, *geometry, allow_tf32, backend
         )
         return statistics
-    if in_mask is None and out_mask is None and columns is None and _is_plain(x, backend):
+    tensors = x, weight, in_mask, out_mask, scale, shift, residual
+    recorded = _native.recorded(*tensors)
+    if columns is None and _is_plain(x, backend) and all(_masks_nothing(m, recorded) for m in (in_mask, out_mask)):
         return _plain(x, weight, scale, shift, residual, act, geometry)
-    epilogue = (out_mask, scale, shift, residual)
+    if not recorded:
+        return _forward(*tensors, columns, act, *geometry, False, allow_tf32, backend)[0]
     saved = act != "none" or scale is not None or out_mask is not None  # else no gradient needs the raw convolution
-    learning = torch.is_grad_enabled() and any(
-        given is not None and given.requires_grad for given in (x, weight, in_mask, *epilogue)
-    )
-    y: Tensor = _conv(x, weight, in_mask, *epilogue, columns, act, *geometry, saved and learning, allow_tf32, backend)[
-        0
-    ]
+    learning = torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)
+    y: Tensor = _conv(*tensors, columns, act, *geometry, saved and learning, allow_tf32, backend)[0]
     return y
 
 
@@ -200,6 +200,11 @@ def _is_plain(x: Tensor, backend: str) -> bool:
     return not forced and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
+def _masks_nothing(mask: Tensor | None, recorded: bool) -> bool:
+    """Whether there is no mask, or one of ones, where neither a gradient nor a compiler asks for it."""
+    return mask is None or (not recorded and bool((mask == 1).all()))
+
+
 def _plain(
     x: Tensor,
     weight: Tensor,
@@ -220,7 +225,7 @@ def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | 
     """The module of functions that runs the convolution `op` on these tensors."""
     refusals = {name: _refusal(name, x, weight, groups, columns) for name in _MODULES}
     preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
-    if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS:
+    if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS[groups > 1]:
         preference = ("reference",)
     return import_module(_MODULES[_native.choose(op, requested, refusals, preference)])
 
@@ -252,6 +257,33 @@ def _empty(shape: Sequence[int], x: Tensor, form: torch.memory_format) -> Tensor
     return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=form)
 
 
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    columns: Tensor | None,
+    act: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    save_raw: bool,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    geometry = stride, padding, dilation, groups
+    y, raw = functions.forward(
+        x, weight, in_mask, out_mask, scale, shift, residual, act, geometry, columns, save_raw, allow_tf32
+    )
+    form = layout(x)
+    return y.contiguous(memory_format=form), None if raw is None else raw.contiguous(memory_format=form)
+
+
 @torch.library.custom_op("hwprune::masked_conv2d", mutates_args=())
 def _conv(
     x: Tensor,
@@ -271,15 +303,25 @@ def _conv(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
-    geometry = stride, padding, dilation, groups
-    y, raw = functions.forward(
-        x, weight, in_mask, out_mask, scale, shift, residual, act, geometry, columns, save_raw, allow_tf32
+    y, raw = _forward(
+        x,
+        weight,
+        in_mask,
+        out_mask,
+        scale,
+        shift,
+        residual,
+        columns,
+        act,
+        stride,
+        padding,
+        dilation,
+        groups,
+        save_raw,
+        allow_tf32,
+        backend,
     )
-    form = layout(x)
-    return y.contiguous(memory_format=form), _or_empty(raw, x).contiguous(
-        **({"memory_format": form} if save_raw else {})
-    )
+    return y, _or_empty(raw, x)
 
 
 @_conv.register_fake

@@ -62,7 +62,7 @@ def ratio_forward(
     if not temperature > 0:
         raise InvalidInput(f"temperature={temperature} must be above 0")
     key = _signed(seed or 0)
-    call = _forward if _recorded(theta) else _run_forward
+    call = _forward if _native.recorded(theta) else _run_forward
     log_threshold, p, m = call(theta, importance, offsets, temperature, uniforms, backend, key)
     return log_threshold, p, m
 
@@ -108,7 +108,7 @@ def ratio_step(
     """
     _check_step(theta, grad_mask, p, offsets, step, cost_grad=cost_grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     state = exp_avg, exp_avg_sq
-    call = _step if _recorded() else _run_step
+    call = _step if _native.recorded() else _run_step
     with torch.no_grad():
         ratio_grad: Tensor = call(
             theta, grad_mask, p, offsets, cost_grad, multiplier, *state, step, lr, *betas, eps, cut, backend
@@ -152,7 +152,7 @@ def ratio_step_priced(
     _check_step(theta, grad_mask, p, offsets, step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _check_tables(theta, tables)
     state = exp_avg, exp_avg_sq
-    call = _step_priced if _recorded() else _run_step_priced
+    call = _step_priced if _native.recorded() else _run_step_priced
     with torch.no_grad():
         ratio_grad, cost, cost_grad = call(
             theta, grad_mask, p, offsets, list(tables), multiplier, penalty, *state, step, lr, *betas, eps, cut, backend
@@ -260,15 +260,6 @@ def _choose(op: str, backend: str, refusals: dict[str, str | None]) -> str:
 def _kernels() -> ModuleType:
     """The Triton kernels, imported where they are used: they cost a second."""
     return import_module("hwprune.kernels.ratio_update")
-
-
-def _recorded(*differentiable: Tensor) -> bool:
-    """Whether a call must go through torch's dispatcher: for a gradient, or for a compiler that looks on.
-
-    The dispatcher's care for an operator written in Python costs more than the operator.
-    """
-    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    return grad or torch.compiler.is_compiling()
 
 
 def _run_forward(
