@@ -20,10 +20,10 @@ _MODULES = {
     "cuda": "hwprune.ops._cuda_conv",
 }
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
-# Below so many multiplications (counted at stride 1) picking channels costs more than it saves, without groups and with
-# them. Plain torch's time over ours at half of the channels on both sides, one thread of an AMD EPYC: without groups 0.5
-# at 9 million, 1.0 at 38, 2 at 150; in groups of 16 and 32 channels 1.1 at 58 million and 1.6 at 116 where all keep the
-# same number, 0.6 and 0.9 where they do not. benchmarks/bench_ops.py times shapes without groups in both ways.
+# Below so many multiplications (counted at stride 1) picking channels costs more than it saves, without groups and
+# with them. Plain torch's time over ours at half of the channels on both sides, one thread of an AMD EPYC: without
+# groups 0.5 at 9 million, 1.0 at 38, 2 at 150; in groups of 16 and 32 channels 1.1 at 58 million and 1.6 at 116 where
+# all keep the same number, 0.6 and 0.9 where they do not. benchmarks/bench_ops.py times shapes without groups.
 _FEW_PRODUCTS = {False: 40_000_000, True: 100_000_000}
 
 

@@ -1,5 +1,6 @@
 // Runs every native function of the CPU with several threads, on odd sizes, for AddressSanitizer and ThreadSanitizer to
 // watch: make sanitize. Results are compared with those of one thread; whether they are right is for the Python tests.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -91,6 +92,30 @@ void channels(bool last) {
     Floats sums(a.size()), squares(a.size());
     hwprune::channel_sums(x.data(), batch(threads), sums.data(), squares.data());
     return joined({&sums, &squares});
+  });
+}
+
+void parts(bool ordered) {
+  const int64_t groups = 2, height = 902, width = 147;
+  const Indices rows = every(2, height), ascending = every(3, width);
+  Indices listed = ascending;
+  if (!ordered) std::reverse(listed.begin(), listed.end());
+  listed.insert(listed.end(), ascending.begin(), ascending.end());
+  const auto row_count = static_cast<int64_t>(rows.size()) / groups * groups;
+  const auto count = static_cast<int64_t>(ascending.size());
+  const auto args = [&](int64_t threads) {
+    return hwprune::Part{width, rows.data(), row_count, listed.data(), count, groups, threads};
+  };
+  const Floats matrix = random_floats(height * width), part = random_floats(row_count * count);
+  check("pick_part", [&](int64_t threads) {
+    Floats out(part.size());
+    hwprune::pick_part(matrix.data(), args(threads), out.data());
+    return out;
+  });
+  check("spread_part", [&](int64_t threads) {
+    Floats out(matrix.size());
+    hwprune::spread_part(part.data(), height, args(threads), out.data());
+    return out;
   });
 }
 
@@ -190,6 +215,7 @@ int main() {
   for (const bool last : {false, true}) {
     channels(last);
     columns(last);
+    parts(last);
   }
   ratios();
 }
