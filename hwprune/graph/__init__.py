@@ -2,7 +2,7 @@
 
 from hwprune.graph.groups import Frozen, Group, Groups, Slot, keep_first, keep_top
 from hwprune.graph.resize import resize
-from hwprune.graph.segments import Axis, Segment, segments
+from hwprune.graph.segments import Axis, Segment, leftovers, segments
 from hwprune.graph.surgery import Cut, Follower, cut
 from hwprune.graph.trace import Program, trace
 
@@ -19,6 +19,7 @@ __all__ = [
     "cut",
     "keep_first",
     "keep_top",
+    "leftovers",
     "resize",
     "segments",
     "trace",

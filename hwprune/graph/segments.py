@@ -64,8 +64,30 @@ def segments(program: Program) -> tuple[Segment, ...]:
     return _Cutter(program).run()
 
 
+def leftovers(program: Program, parts: tuple[Segment, ...]) -> dict[tuple[int, int], Segment]:
+    """What is still run of a segment when a group it depends on has no channel: by index of the segment, and group.
+
+    A segment of its own, such as the addition of a constant and the activation after it. Where nothing is run any more
+    there is no entry. Groups are the removable ones, and those that are not computed once one of these is removed.
+    """
+    blocks, found = program.blocks, {}
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    for g in np.flatnonzero(blocks.removable | blocks.implied.any(0)).tolist():
+        remains = blocks.without([g if blocks.removable[g] else int(np.argmax(blocks.implied[:, g]))])
+        cutter = _Cutter(program, frozenset(remains.constants))
+        for index, part in enumerate(parts):
+            if any(g in axis.groups for axis in part.axes):
+                left = [nodes[name] for name in part.nodes if nodes[name] not in remains.dead]
+                if left:
+                    axes = {axis.key: axis for node in left for axis in cutter.axes_of(node)}
+                    others = {axis.key: axis for axis in part.axes if g not in axis.groups and axis.key in axes}
+                    found[index, g] = cutter.segment(left, others)
+    return found
+
+
 class _Cutter:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, constants: frozenset[fx.Node] = frozenset()) -> None:
+        self.constants = constants  # calls in whose place stands a parameter
         self.labels: Labels = program.labels
         self.groups: Groups = program.groups
         self.owner = np.full(len(self.labels.coupling.root), -1)  # [labels] group of a component
@@ -151,6 +173,8 @@ class _Cutter:
             if isinstance(value, fx.Node):
                 if value in index:
                     return f"%{index[value]}"
+                if value in self.constants:
+                    return "constant"
                 kind = "parameter" if value.op == "get_attr" else "input"
                 box = self.labels.values[value]
                 if kind == "parameter":

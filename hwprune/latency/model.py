@@ -5,8 +5,8 @@ out, and the running maximum from small sizes is taken), linear in between. `pri
 the next measured step up. Neither leaves the hull of what was measured.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from hwprune.ops import CostTables
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 MOST_LEVELS = 16  # candidate widths per group
 _PLATEAU = 0.004  # a step cheaper than this share of the cost is no step
@@ -38,11 +39,16 @@ class CostAxis:
 
 @dataclass(frozen=True, eq=False)
 class CostTerm:
-    """The cost of one segment on the knots of its axes."""
+    """The cost of one segment on the knots of its axes.
+
+    left: what it still costs when one of its axes has no element, by index of that axis, on the knots of the other one
+    ([] or [K]); where there is no entry, nothing.
+    """
 
     name: str
     axes: tuple[int, ...]  # indices into CostModel.axes, 0 to 2 of them
     table: Floats  # [], [K1] or [K1, K2]
+    left: Mapping[int, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,8 @@ class CostModel:
     unit: "ms" or "flops" (multiply-accumulates). full, minimum [G]: the widths of `dense` and `floor`.
     residual: relative standard deviation of the prediction, from forwards that the tables have not seen.
     exact: the terms are bilinear (a formula, not a measurement), so interpolation is the price.
+    removable: [G] which groups may be left without a channel; implied: [G, G] which others then cost nothing either.
+    Width 0 has a price in :attr:`removing` alone.
     facts: how the tables were measured, for reports.
     """
 
@@ -64,7 +72,10 @@ class CostModel:
     residual: float = 0.0
     exact: bool = False
     minimum: Ints | None = None
+    removable: Bools | None = None
+    implied: Bools | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    tabulated: "CostModel | None" = field(default=None, repr=False)  # the model without width 0 that this one extends
 
     # -- decisions
 
@@ -94,6 +105,30 @@ class CostModel:
     def floor(self) -> float:
         """Price of the minimum widths: no budget below it can be met."""
         return float(self.price(self.least))
+
+    @cached_property
+    def removing(self) -> "CostModel":
+        """The same costs for those who may leave removable groups without a channel; itself where there are none.
+
+        The axes of such groups have one more knot, at 0: what is left of a segment there is all that it costs, so that
+        the price of being launched at all goes with the last channel. Elsewhere every price is the same. `levels` have
+        0 where the group is a block of its own; of groups that end together, all have to be asked for at once.
+        """
+        if self.tabulated is not None or self.removable is None or not self.removable.any():
+            return self
+        ends = self.removable if self.implied is None else self.removable | self.implied.any(0)
+        extended = {
+            index: replace(axis, knots=np.concatenate([[0], axis.knots]))
+            for index, axis in enumerate(self.axes)
+            if len(axis.groups) == 1 and axis.offset == 0 and ends[axis.groups[0]]
+        }
+        return replace(
+            self,
+            axes=tuple(extended.get(index, axis) for index, axis in enumerate(self.axes)),
+            terms=tuple(_from_zero(term, extended.keys()) for term in self.terms),
+            minimum=np.where(self.removable, 0, self.least),
+            tabulated=self,
+        )
 
     @property
     def groups(self) -> int:
@@ -187,6 +222,9 @@ class CostModel:
         array = np.asarray(widths, dtype=np.float64)
         if array.ndim not in (1, 2) or array.shape[-1] != len(self.full):
             raise InvalidInput(f"widths have shape {array.shape}; the model has {len(self.full)} groups.")
+        if self.tabulated is not None and self.removable is not None and self.implied is not None:
+            ended = ((array == 0) & self.removable).astype(np.float64) @ self.implied > 0
+            array = np.where(ended, 0.0, array)
         return np.atleast_2d(array) @ self._matrix.T + self._offsets, array.ndim == 1
 
     def _check_hull(self, sizes: Floats) -> None:
@@ -226,6 +264,9 @@ class CostModel:
                     keep[at] = True
                     cheapest = min(cheapest, float(line[at]))
             found.append(keep)
+        if self.tabulated is not None:  # the edges above 0 are the same, with or without it
+            pairs = zip(self.axes, self.tabulated.axes, self.tabulated._edges, strict=True)
+            return [keep if axis is given else np.append(True, keep) for axis, given, keep in pairs]
         return found
 
     @cached_property
@@ -241,6 +282,11 @@ class CostModel:
 
     @cached_property
     def _levels(self) -> list[Ints]:
+        if self.tabulated is not None:
+            assert self.removable is not None
+            alone = self.removable if self.implied is None else self.removable & ~self.implied.any(1)
+            lines = [self.tabulated.levels(group) for group in range(self.groups)]
+            return [np.append(0, line) if ends else line for line, ends in zip(lines, alone, strict=True)]
         candidates: list[set[int]] = [set() for _ in self.full]
         for axis, keep in zip(self.axes, self._edges, strict=True):
             edges = axis.knots[keep]
@@ -255,6 +301,19 @@ class CostModel:
             inside = np.array(sorted({w for w in options if least < w < full} | {least, full}), dtype=np.int64)
             found.append(_thin(inside, MOST_LEVELS))
         return found
+
+
+def _from_zero(term: CostTerm, extended: Collection[int]) -> CostTerm:
+    """The term with one more row for every axis in `extended`, of what is left without any element of it."""
+    table = term.table
+    for dim, axis in enumerate(term.axes):
+        if axis in extended:
+            first = table.take(0, dim)
+            row = np.asarray(term.left.get(axis, 0.0))
+            if row.ndim and len(row) < first.size:  # without the other axis too, there is nothing at all
+                row = np.concatenate([[0.0], row])
+            table = np.concatenate([np.expand_dims(np.minimum(row, first), dim), table], dim)
+    return replace(term, table=table, left={})
 
 
 def _padded(matrix: Floats) -> tuple[Ints, Floats]:
@@ -372,4 +431,5 @@ def flops_model(program: Program) -> CostModel:
             used.append(axes[axis.key])
             table = np.multiply.outer(table, (knots[used[-1]].knots / axis.size) ** power)
         terms.append(CostTerm(segment.name, tuple(used), table))
-    return CostModel("flops", full, tuple(knots), tuple(terms), exact=True)
+    removable, implied = program.groups.removable, program.blocks.implied
+    return CostModel("flops", full, tuple(knots), tuple(terms), exact=True, removable=removable, implied=implied)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from hwprune.errors import InvalidInput, UnknownWorkload
-from hwprune.graph import Axis, Program, Segment, keep_first, resize, segments
+from hwprune.graph import Axis, Program, Segment, keep_first, leftovers, resize, segments
 from hwprune.latency.model import CostAxis, CostModel, CostTerm
 from hwprune.latency.runtimes import Clocked, build, isolated
 from hwprune.latency.surface import Share, Surface, fit_rates, fit_surface
@@ -40,6 +40,8 @@ CALIBRATIONS = 28  # width vectors measured only as a whole
 LEAST_FORWARDS = 40  # even where the time is over: fewer say nothing about a plane
 LEAST_CALIBRATIONS = 10
 LEAST_WHOLE_FORWARDS = 24  # where a runtime hides its segments: rates of a few kinds of work are fitted, not planes
+REMOVALS = 16  # width vectors without some residual blocks, for what is left of their segments
+LEAST_REMOVALS = 3  # samples of such a rest; with fewer, what the narrowest block took stands for it
 CORNERS = 8  # the first vectors: dense, least, and random halves of the groups at either end
 CANDIDATES = 6  # of so many random vectors, the one the surfaces know least about is measured
 FIRST_FIT = 60  # vectors before the surfaces are asked
@@ -62,6 +64,7 @@ class Plan:
     key: str  # identifies the program in a table that several share
     grid_cells: int  # integer sizes of all planes, one plane per signature
     ladders: tuple[Ints, ...]  # widths each group is measured at
+    left: dict[tuple[int, int], Segment]  # of a segment when a group has no channel, see `leftovers`
 
     @classmethod
     def of(cls, program: Program) -> "Plan":
@@ -71,11 +74,12 @@ class Plan:
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         planes = {segment.signature: segment.axes for segment in parts}
         cells = sum(int(np.prod([_reachable(axis, program) for axis in axes])) for axes in planes.values())
-        return cls(program, parts, key, cells, tuple(_ladder(int(width)) for width in program.groups.widths))
+        ladders = tuple(_ladder(int(width)) for width in program.groups.widths)
+        return cls(program, parts, key, cells, ladders, leftovers(program, parts))
 
     def sizes(self, widths: Ints) -> list[tuple[int, ...]]:
         """The sizes of every segment at `widths` [G]."""
-        return [tuple(int(axis.elements(widths)) for axis in segment.axes) for segment in self.segments]
+        return [tuple(_sizes(segment, widths)) for segment in self.segments]
 
     def random(self, rng: np.random.Generator, on_ladder: bool) -> Ints:
         """A random reachable vector [G]: half of them with a common level, so that small and large networks occur."""
@@ -88,6 +92,16 @@ class Plan:
         if not on_ladder:
             return wanted
         return np.array([line[np.abs(line - w).argmin()] for line, w in zip(self.ladders, wanted, strict=True)])
+
+    def removal(self, rng: np.random.Generator) -> Ints:
+        """A random vector [G] in which half of the residual blocks have no channel."""
+        removable = self.program.groups.removable
+        removed = removable & (rng.random(len(removable)) < 0.5)
+        return np.where(removed | (self.program.blocks.implied[removed].any(0) & removable), 0, self.random(rng, True))
+
+    def rests(self, widths: Ints) -> list[tuple[int, Segment]]:
+        """What is left of segments at `widths` [G], those that have lost calls: index and segment."""
+        return [(index, rest) for (index, group), rest in self.left.items() if widths[group] == 0]
 
     def corner(self, index: int) -> Ints:
         """Dense, least, then halves of the groups at either end, each with its complement."""
@@ -186,7 +200,7 @@ class _Profiler:
         self.clocked = target.runtime == "eager"
         self.cells: set[tuple[str, tuple[int, ...]]] = set()
         self.vectors: list[Ints] = []
-        self.calibrations = 0
+        self.calibrations = self.removals = 0
         self.spent_s = 0.0
         self.retries = 0
         self.surfaces: dict[str, Surface] = {}
@@ -202,6 +216,8 @@ class _Profiler:
         if role == "fit":
             self.vectors.append(widths)
             self.cells.update(self.new_cells(widths))
+        elif role == "removal":
+            self.removals += 1
         else:
             self.calibrations += 1
 
@@ -245,6 +261,9 @@ class _Profiler:
             return self.plan.corner(calibrations) if ends else self.plan.random(rng, False), "calibration"
         if fits < CORNERS:
             return self.plan.corner(fits), "fit"
+        wanted = np.interp(fits, [CORNERS, MOST_FORWARDS / 2], [1, REMOVALS])
+        if self.clocked and self.plan.left and self.removals < wanted:
+            return self.plan.removal(np.random.default_rng([self.seed, self.removals, 29])), "removal"
         allowed = CELL_SHARE * self.plan.grid_cells - len(self.cells)
         candidates = [self.plan.random(rng, on_ladder=True) for _ in range(CANDIDATES)]
         candidates = [widths for widths in candidates if len(self.new_cells(widths)) <= allowed]
@@ -300,7 +319,7 @@ class _Profiler:
     def sample(self, widths: Ints, role: str, again: list[tuple[Ints, str]] | None) -> None:
         graph_module = resize(self.plan.program, keep_first(self.plan.program.groups, widths))
         with alone(), settings(self.target), watch() as usage:
-            if role == "fit" and self.clocked:
+            if role != "calibration" and self.clocked:
                 times, totals, reference_us = self.clocked_blocks(graph_module)
                 summary = _summary(totals)
             else:
@@ -309,7 +328,7 @@ class _Profiler:
         drift = reference_us / (self.reference.quiet_ms * 1e3)
         now = time.monotonic()
         took_s, self.counted_to = now - self.counted_to, now
-        forward = len(self.vectors) + self.calibrations
+        forward = len(self.vectors) + self.calibrations + self.removals
         common = {
             "program": self.plan.key,
             "forward": forward,
@@ -327,11 +346,15 @@ class _Profiler:
             again.append((widths, role))
 
     def segment_records(self, widths: Ints, times: Floats, common: dict[str, Any]) -> list[dict[str, Any]]:
-        sizes = self.plan.sizes(widths)
+        timed = [*enumerate(self.plan.segments)] if widths.all() else self.plan.rests(widths)
         return [
-            {"kind": "segment", "signature": segment.signature, "sizes": list(size), **common, **_summary(column)}
-            for segment, size, column in zip(self.plan.segments, sizes, times.T, strict=True)
-            if column.any()
+            {
+                **{"kind": "segment", "signature": segment.signature, "sizes": _sizes(segment, widths)},
+                **common,
+                **_summary(times[:, index]),
+            }
+            for index, segment in timed
+            if times[:, index].any()
         ]
 
     def clocked_blocks(self, graph_module: torch.fx.GraphModule) -> tuple[Floats, Floats, float]:
@@ -370,6 +393,10 @@ class _Profiler:
         quantiles = {"median_us": found.median_ms, "p20_us": found.p20_ms, "p80_us": found.p80_ms}
         summary = {name: round(ms * level, 4) for name, ms in quantiles.items()}
         return {**summary, "count": found.count}, self.reference.quiet_ms * level
+
+
+def _sizes(segment: Segment, widths: Ints) -> list[int]:
+    return [int(axis.elements(widths)) for axis in segment.axes]
 
 
 def _summary(times_us: Floats) -> dict[str, Any]:
@@ -457,7 +484,10 @@ def latency_model(program: Program, table: LatencyTable, *, plan: Plan | None = 
         "sample_noise": round(float(np.median(noises)), 4) if noises else None,
         "dense_measured_ms": _measured_ms(wholes, full, quiet_us),
     }
-    return CostModel("ms", full, axes, terms, scale, offset, residual, facts=facts)
+    removable, implied = program.groups.removable, program.blocks.implied
+    return CostModel(
+        "ms", full, axes, terms, scale, offset, residual, removable=removable, implied=implied, facts=facts
+    )
 
 
 def _measured_ms(wholes: Sequence[dict[str, Any]], widths: Ints, quiet_us: float) -> float | None:
@@ -509,6 +539,10 @@ def fit_surfaces(plan: Plan, table: LatencyTable) -> dict[str, Surface]:
         raise UnknownWorkload(
             f"the table holds no measurement of {missing[0].description} ({missing[0].name}); profile this program."
         )
+    for rest in plan.left.values():
+        own = samples.get(rest.signature)
+        if own is not None and len(own.times_us) >= LEAST_REMOVALS and rest.signature not in surfaces:
+            surfaces[rest.signature] = fit_surface(own.sizes, own.times_us, own.doubt)
     return surfaces
 
 
@@ -550,9 +584,30 @@ def tabulate(plan: Plan, surfaces: Mapping[str, Surface | Share]) -> tuple[tuple
         used = tuple(places[axis.key] for axis in segment.axes)
         grid = np.meshgrid(*[axes[at].knots for at in used], indexing="ij")
         points = np.stack([part.ravel() for part in grid], axis=1) if used else np.zeros((1, 0))
-        values = surfaces[segment.signature](points.astype(np.float64))
-        terms.append(CostTerm(segment.name, used, values.reshape([len(axes[at].knots) for at in used])))
+        values = surfaces[segment.signature](points.astype(np.float64)).reshape([len(axes[at].knots) for at in used])
+        left = {}
+        for (index, group), rest in plan.left.items():
+            if plan.segments[index] is segment:
+                dim = next(d for d, axis in enumerate(segment.axes) if group in axis.groups)
+                knots = axes[used[1 - dim]].knots if values.ndim > 1 else None
+                left[used[dim]] = _of_rest(rest, values, dim, knots, surfaces)
+        terms.append(CostTerm(segment.name, used, values, left))
     return axes, tuple(terms)
+
+
+def _of_rest(
+    rest: Segment, values: Floats, dim: int, knots: Ints | None, surfaces: Mapping[str, Surface | Share]
+) -> Floats:
+    """What is left of a segment without its axis `dim`, on the knots of the other one, if there is one. [] or [K]
+
+    Where it was not measured, what the segment takes at the least size of the axis: never too little.
+    """
+    if rest.signature not in surfaces:
+        return np.asarray(values.take(0, dim))
+    if not rest.axes:
+        return np.asarray(surfaces[rest.signature](np.zeros((1, 0)))[0])
+    assert knots is not None
+    return surfaces[rest.signature](knots[:, None].astype(np.float64))
 
 
 def _candidate_sizes(axis: Axis) -> Floats:
@@ -605,7 +660,7 @@ def calibrate(model: CostModel, plan: Plan, table: LatencyTable) -> tuple[float,
     """
     quiet = quiet_levels_us(table)[plan.key]
     wholes = [r for r in table.of_program(plan.key) if r["role"] == "calibration"]
-    wholes = wholes or table.of_program(plan.key)
+    wholes = wholes or [r for r in table.of_program(plan.key) if r["role"] == "fit"]
     drift = np.array([r["reference_us"] for r in wholes]) / quiet
     measured = np.array([r["median_us"] for r in wholes]) / drift / 1e3
     sums = model.predict(np.array([r["widths"] for r in wholes], dtype=np.int64)) / model.scale
