@@ -165,9 +165,9 @@ def _candidates(
         raise InvalidInput(f"pinned names group {unknown[0]}; there are {count}, counted from 0.")
     candidates = []
     for g, own in enumerate(levels):
-        full, floor = int(own[-1]), max(int(own[0]), int(least[g]), 1)
+        full, floor = int(own[-1]), max(int(own[0]), int(least[g]))
         if g in pinned:
-            lowest = max(int(own[0]), 1)
+            lowest = min(int(own[0]), int(cost.least[g]))
             if not lowest <= pinned[g] <= full:
                 raise InvalidInput(
                     f"pinned[{g}]={pinned[g]} is outside {lowest}..{full}, the widths that have a price."

@@ -104,7 +104,8 @@ def save(
     folder = Path(folder)
     groups, start = [], 0
     for name, width in zip(program.groups.names, program.groups.widths.tolist(), strict=True):
-        groups.append({"name": name, "width": width, "keep": np.flatnonzero(keep[start : start + width]).tolist()})
+        kept = np.flatnonzero(keep[start : start + width]).tolist()
+        groups.append({"name": name, "width": width, "keep": kept, **({} if kept else {"removed": True})})
         start += width
     inputs = [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in program.example_inputs]
     state = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in module.state_dict().items()}
@@ -258,7 +259,10 @@ def _read(folder: Path) -> tuple[Spec, Mapping[str, Any]]:
         if schema != SCHEMA:
             raise CorruptArtifact(f"{path} has schema {schema!r}; this hwprune reads schema {SCHEMA}")
         groups = tuple((g["name"], int(g["width"]), tuple(int(i) for i in g["keep"])) for g in raw["groups"])
+        removed = {g["name"] for g in raw["groups"] if g.get("removed")}  # with the residual block around them
         for name, width, kept in groups:
+            if name in removed and not kept:
+                continue
             if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= width:
                 raise CorruptArtifact(f"{path}: the channels kept of group {name} are not among its {width}")
         inputs = tuple((tuple(int(n) for n in x["shape"]), str(x["dtype"])) for x in raw["inputs"])

@@ -334,7 +334,8 @@ class Pruning:
             limit = self.goal.limit_ms(dense.median_ms)
         widths = self.plan.widths
         titles = {segment.name: f"{segment.name}: {segment.description}" for segment in segments(self.program)}
-        shares, staircases = report.explain(self.latency, self.program.groups, widths, titles=titles)
+        latency = self._of_method(self.latency)
+        shares, staircases = report.explain(latency, self.program.groups, widths, titles=titles)
         result: dict[str, Any] = {
             "model": self.name,
             **{key: self.run.settings[key] for key in ("method", "seed", "epochs") if key in self.run.settings},
@@ -344,7 +345,7 @@ class Pruning:
             "dense_ms": dense.median_ms,
             "budget_ms": limit,
             "floor_ms": self.goal.floor_ms * dense.median_ms / self.goal.dense_ms,
-            "predicted_ms": float(self.latency.predict(widths)),
+            "predicted_ms": float(latency.predict(widths)),
             "predicted_dense_ms": float(self.latency.predict(self.latency.full)),
             "measured_ms": pruned.median_ms,
             "dense_p20_ms": dense.p20_ms,
@@ -358,7 +359,7 @@ class Pruning:
             "dense_parameters": _parameters(self.model),
             "parameters": _parameters(module),
             "dense_flops": float(self.flops.dense),
-            "flops": float(self.flops.price(widths)),
+            "flops": float(self._of_method(self.flops).price(widths)),
             "widths": dict(zip(self.program.groups.names, widths.tolist(), strict=True)),
             "groups": [asdict(share) for share in shares],
             "rounds": [dict(row) for row in self.plan.rounds],
@@ -504,10 +505,11 @@ class Pruning:
     def _fit_budget(self, rounds: int) -> Plan:
         """Allocate, cut and measure until the measured median lies in (93 %, 98.5 %] of the budget."""
         assert self.found is not None and self.method is not None
-        groups, cost, found = self.program.groups, self.cost, self.found
+        groups, found = self.program.groups, self.found
+        cost, latency = self._of_method(self.cost), self._of_method(self.latency)
         if self.budget.unit == "flops":  # exact as allocated: nothing to correct
             widths = self._allocate(self._cost_limit())
-            return Plan(widths, float(self.latency.predict(widths)), None, None, ())
+            return Plan(widths, float(latency.predict(widths)), None, None, ())
         allowance = _Allowance(self._cost_limit(), float(cost.floor), float(cost.dense))
         if not found.fills_budget:  # what the search found is a limit as well
             least, full = cost.least, groups.widths
@@ -537,7 +539,7 @@ class Pruning:
                     )
             limit = self.goal.limit_ms(dense.median_ms)
             assert limit is not None
-            used, predicted = pruned.median_ms / limit, float(self.latency.predict(widths))
+            used, predicted = pruned.median_ms / limit, float(latency.predict(widths))
             self.say(
                 f"allocated: predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms, {used:.1%} of the budget"
             )
@@ -565,9 +567,13 @@ class Pruning:
         assert self.found is not None and self.method is not None
         found = self.found
         chosen = self.method.allocate(
-            self.program.groups, self.cost, found.widths, found.ranking, limit, value=found.value
+            self.program.groups, self._of_method(self.cost), found.widths, found.ranking, limit, value=found.value
         )
         return chosen.widths
+
+    def _of_method(self, cost: CostModel) -> CostModel:
+        """A cost with a price for width 0 where the search was free to remove blocks."""
+        return cost.removing if self.found is not None and self.found.removes_blocks else cost
 
     def _race(self, modules: Sequence[nn.Module], rounds: int = 8) -> list[Sample]:
         """Measure modules in turns against the first, so that a drifting machine treats them alike.
@@ -601,6 +607,7 @@ class Pruning:
             record["fills_budget"],
             stored.get("value"),
             columns or None,
+            record.get("removes_blocks", False),
         )
         weights = {key.removeprefix("model."): value for key, value in stored.items() if key.startswith("model.")}
         self.model.load_state_dict(weights)
@@ -620,7 +627,8 @@ class Pruning:
         if found.value is not None:
             state["value"] = found.value
         state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
-        self.run.finish("search", state, log=_thin(log), fills_budget=found.fills_budget)
+        kind = {"fills_budget": found.fills_budget, "removes_blocks": found.removes_blocks}
+        self.run.finish("search", state, log=_thin(log), **kind)
 
 
 class _Allowance:

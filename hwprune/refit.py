@@ -111,7 +111,8 @@ def refit_(
     The network has to be cut to ``keep`` afterwards, and its batch norms recalibrated; as a dense one it is worse than
     before. Left alone and named in the answer are grouped convolutions, layers that run more than once or share their
     weight, whatever is neither ``Conv2d`` nor ``Linear``, and readers of channels that a layer norm normalises over,
-    where masking is not cutting. Depthwise convolutions do not mix channels: there is nothing to refit.
+    where masking is not cutting. Depthwise convolutions do not mix channels, and readers of a residual block's channels
+    that are all removed read none: there is nothing to refit.
 
     Args:
         keep: [ΣC] bool, the channels that stay. batches: ``(inputs, targets)``; targets are not looked at.
@@ -126,7 +127,7 @@ def refit_(
     kept = groups.check_keep(keep)
     found, others = consumers(model, groups)
     pruned = np.append(~kept, False)  # [-1] is what cannot be pruned
-    wanted = [consumer for consumer in found if pruned[consumer.channels].any()]
+    wanted = [c for c in found if pruned[c.channels].any() and not pruned[c.channels].all()]  # some is left to refit
     left = [name for name, channels in others.items() if pruned[channels].any()]
     inputs = first_images(batches, images, next(model.parameters()).device)
     rows: dict[str, Tensor] = {}

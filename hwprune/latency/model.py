@@ -149,6 +149,13 @@ class CostModel:
         """Candidate widths of a group, ascending from its minimum to its full width: each the widest of its plateau."""
         return self._levels[group]
 
+    def ended(self, widths: NDArray[Any]) -> Bools:
+        """Which groups are not computed at `widths` [..., G]: without a channel, or in a block with such. [..., G]"""
+        none = np.asarray(widths == 0)
+        if self.removable is None or self.implied is None:
+            return none
+        return np.asarray(none | ((none & self.removable).astype(np.float64) @ self.implied > 0))
+
     # -- gradients
 
     def value(self, widths: Tensor) -> Tensor:
@@ -222,9 +229,8 @@ class CostModel:
         array = np.asarray(widths, dtype=np.float64)
         if array.ndim not in (1, 2) or array.shape[-1] != len(self.full):
             raise InvalidInput(f"widths have shape {array.shape}; the model has {len(self.full)} groups.")
-        if self.tabulated is not None and self.removable is not None and self.implied is not None:
-            ended = ((array == 0) & self.removable).astype(np.float64) @ self.implied > 0
-            array = np.where(ended, 0.0, array)
+        if self.tabulated is not None:
+            array = np.where(self.ended(array), 0.0, array)
         return np.atleast_2d(array) @ self._matrix.T + self._offsets, array.ndim == 1
 
     def _check_hull(self, sizes: Floats) -> None:

@@ -112,7 +112,7 @@ class Context:
         steps: optimiser steps the search will take; 0 when nothing is trained.
         generator: the only source of randomness; its state is part of a checkpoint.
         device: where flat arrays live.
-        minimum: [G] int64, the least width of each group.
+        minimum: [G] int64, the least width of each group; 0 only where the method removes blocks and the group may go.
         maximum: [G] int64, the greatest; equal to ``minimum`` for groups pinned by the user.
         held_out: batches beside those that train the weights; ``None`` where the user gave none.
     """
@@ -152,6 +152,8 @@ class Method(ABC):
         straight_through: masked parameters get the gradient that they would have unmasked.
         skips: channels whose mask is exactly 0 are not computed, which needs the program.
         fills_budget: the allocation may use the whole budget; otherwise ``widths`` are an upper limit of their own.
+        removes_blocks: width 0 has a price where a residual block can do without a group (:attr:`CostModel.removing`),
+            and the method may choose it.
         searches: the search's steps train weights; otherwise it is over at once, and they are better spent afterwards.
         refits: before the cut, the consumers of the kept channels are refitted by least squares to make up for the
             others (see :mod:`hwprune.refit`), unless the user says otherwise.
@@ -165,6 +167,7 @@ class Method(ABC):
     straight_through: bool = False
     skips: bool = False
     fills_budget: bool = True
+    removes_blocks: bool = False
     context: Context
 
     def setup(self, context: Context) -> None:
@@ -317,14 +320,21 @@ def worth(cost: CostModel, widths: Tensor) -> list[NDArray[np.float64]]:
     The slope is the mean one, from the least to the full width of the group. The local one is 0 on a plateau: groups
     that a search had kept whole, because nothing is gained by thinning them, then counted as worthless and were crushed
     first (resnet20, batch 32, half of its latency: 67 % after two epochs of fine-tuning, and 77 % so after one).
+
+    Width 0, where it is a level, counts as half a channel, and as no better than what a learned width loses per unit of
+    cost when it has been narrowed by a factor of e: a block that the search has kept goes last.
     """
     learned = widths.detach().double().cpu().numpy()  # [G]
+    learned = np.where(learned > 0, learned, 1.0)  # a group that is gone stays so, whatever it would be worth
     knee = (1 - _BEYOND) / _CURVATURE  # where the slope has fallen to the least one
     levels = []
     for g, (part, w) in enumerate(zip(shares(cost, learned), learned, strict=True)):
-        r = np.log(cost.levels(g) / w)
+        own = cost.levels(g)
+        r = np.log(np.maximum(own, 0.5) / w)
         bent = np.minimum(r, knee)
         levels.append(part * (bent - _CURVATURE / 2 * bent**2 + _BEYOND * (r - bent)))
+        if own[0] == 0:
+            levels[g][0] = min(levels[g][0], -(1 + _CURVATURE) * part * own[-1] / w)
     return levels
 
 
@@ -386,7 +396,7 @@ class SearchResult:
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
     per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`.
-    columns: see :meth:`Method.columns`.
+    columns: see :meth:`Method.columns`. removes_blocks: see :class:`Method`.
     """
 
     widths: Tensor
@@ -395,6 +405,7 @@ class SearchResult:
     fills_budget: bool = True
     value: Tensor | None = None
     columns: Mapping[str, Tensor] | None = None
+    removes_blocks: bool = False
 
 
 class Search:
@@ -416,7 +427,8 @@ class Search:
         steps: optimiser steps that will be taken; steps count from 0.
         options: arguments of the method, when it is given by name.
         seed: of everything random in the search.
-        minimum: [G] least widths, at least one each. pinned: group index -> width that it must have.
+        minimum: [G] least widths, at least one each; by default that, or 0 where the method removes blocks and one may
+            go. pinned: group index -> width that it must have.
         held_out: batches ``(inputs, targets)`` that the weights do not train on, for methods that use such; ``loss_fn``
             is their loss.
         program: what ``groups`` come from, for methods that leave masked channels out of the computation.
@@ -447,6 +459,7 @@ class Search:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         generator = torch.Generator(device)
         generator.manual_seed(seed)
+        cost = cost.removing if self.method.removes_blocks else cost
         lowest, highest = bounds(groups, cost, minimum, pinned or {})
         if self.method.skips and program is None:
             raise InvalidInput(
@@ -521,6 +534,7 @@ class Search:
             self.method.fills_budget,
             None if value is None else value.detach().double().cpu(),
             self.method.columns(),
+            self.method.removes_blocks,
         )
 
     def close(self) -> None:
@@ -604,12 +618,13 @@ def bounds(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Least and greatest width of every group; never less than what the cost model knows. [G], [G]"""
     highest = np.array(groups.widths, np.int64)
+    known = np.array(cost.least, np.int64)
     lowest = np.ones_like(highest) if minimum is None else np.array(minimum, np.int64)
     if lowest.shape != highest.shape or (lowest < 1).any() or (lowest > highest).any():
         raise InvalidInput(f"minimum={lowest.tolist()} must lie between 1 and the full widths {highest.tolist()}")
-    lowest = np.maximum(lowest, cost.least)
+    lowest = known if minimum is None else np.maximum(lowest, known)
     for group, width in pinned.items():
-        if not (0 <= group < len(highest) and 1 <= width <= highest[group]):
+        if not (0 <= group < len(highest) and min(1, known[group]) <= width <= highest[group]):
             raise InvalidInput(f"group {group} cannot be pinned to {width}; widths are {highest.tolist()}")
         lowest[group] = highest[group] = width
     return lowest, highest

@@ -25,6 +25,14 @@ gate's formula is recalled, not checked. Reconstruction, where no source states 
 The paper's gates stand before a convolution. Here they stand where the channel is made, behind its batch norm, where
 every consumer sees them: the same for all activations with f(g z) = g f(z), such as ReLU. For others the function is
 another one, but the absorption, into γ and β, is exact for all of them.
+
+Whole residual blocks go when the last gate inside them does (``blocks``). Where few gates are left, each pays a share
+of what the block would save by ending, if that is more than the slope says: launching its layers at all goes with the
+last channel only. A block that is gone is not seeded again, and takes the other groups inside it along. What a removed
+block returns is a constant, which is added to the stream: in inference mode exactly what the gated network computes.
+While that trains, the last batch norm of the block sees zeros and returns its β: the same as soon as its running mean
+has come down to 0, at the usual momentum within some hundred steps. (Paper: a block goes with its inner gate vector,
+but for the bias of the norm. Reconstruction: the price.)
 """
 
 import math
@@ -65,6 +73,8 @@ class GDP(Method):
         refresh: steps for which prices are held. ``None``: a fortieth of the steps.
         reseed: greatest share of all channels that is seeded again at once.
         tolerance: share of the budget that must be unused for that.
+        blocks: whether residual blocks may lose all their gates.
+        few: share of a group's channels from which on downwards its gates share what the end of their block saves.
     """
 
     name = "gdp"
@@ -84,6 +94,8 @@ class GDP(Method):
         refresh: int | None = None,
         reseed: float = 0.02,
         tolerance: float = 0.02,
+        blocks: bool = True,
+        few: float = 0.25,
     ) -> None:
         if (lr is not None and lr <= 0) or not 0 <= momentum < 1 or (refresh is not None and refresh < 1):
             raise InvalidInput(f"lr={lr} must be positive, momentum={momentum} in [0, 1), refresh={refresh} at least 1")
@@ -91,8 +103,8 @@ class GDP(Method):
             raise InvalidInput(f"epsilon={epsilon} must lie in (0, 1], hold={hold} in [0, {_LATEST}]")
         if not 0 < least < 0.5 or pull <= 0 or balance <= 0:
             raise InvalidInput(f"least={least} must lie in (0, 0.5), pull={pull} and balance={balance} be positive")
-        if not 0 <= reseed <= 1 or not 0 <= tolerance < 1:
-            raise InvalidInput(f"reseed={reseed} and tolerance={tolerance} are shares from 0 to 1")
+        if not 0 <= reseed <= 1 or not 0 <= tolerance < 1 or not 0 <= few <= 1:
+            raise InvalidInput(f"reseed={reseed}, tolerance={tolerance} and few={few} are shares from 0 to 1")
         self.lr = lr
         self.momentum = momentum
         self.epsilon = epsilon
@@ -103,6 +115,8 @@ class GDP(Method):
         self.refresh = refresh
         self.reseed = reseed
         self.tolerance = tolerance
+        self.removes_blocks = blocks
+        self.few = few
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -158,6 +172,7 @@ class GDP(Method):
         if self._absorbed:
             return
         context = self.context
+        self._end_blocks()
         self._cost_hard = float(context.cost.price(self._counts()))
         if step % self._interval == 0:
             self._set_price()
@@ -170,11 +185,26 @@ class GDP(Method):
         self._move(step)
         self._harden(step)
 
+    def _end_blocks(self) -> None:
+        """Where one group of a residual block has no gate left, the others inside it have none either."""
+        if self.removes_blocks:
+            ended = self.context.cost.ended(self._counts()) & (self.context.minimum == 0)  # [G]
+            self.x = torch.where(torch.from_numpy(ended).to(self.x.device)[self._owner], 0.0, self.x)
+
     def _set_price(self) -> None:
         """What a channel costs, at the widths of the gates that are not 0."""
-        cost, slope = self.context.cost.value_and_grad(self.widths().float())
+        context, counts = self.context, self._counts()
+        ended = context.cost.ended(counts)  # [G]
+        cost, slope = context.cost.value_and_grad(self.widths().float())
         self._cost_soft = float(cost)
-        price = slope.to(self.x)[self._owner]
+        per_group = np.where(ended, 0.0, slope.double().cpu().numpy())  # [G] in the cost's unit per channel
+        few = np.flatnonzero((context.minimum == 0) & ~ended & (counts <= self.few * context.groups.widths))
+        if len(few):
+            without = np.repeat(counts[None], len(few), 0)
+            without[np.arange(len(few)), few] = 0
+            saved = context.cost.price(counts) - np.asarray(context.cost.price(without))
+            per_group[few] = np.maximum(per_group[few], saved / counts[few])
+        price = torch.from_numpy(per_group).to(self.x)[self._owner]
         median = price.median().clamp_min(_TINY)
         bounded = price.clamp(median / _PRICE_RATIO, median * _PRICE_RATIO)
         self._cost_price, self._price = price, bounded / bounded.square().mean().sqrt()
@@ -211,7 +241,8 @@ class GDP(Method):
         slack = target - self._cost_hard
         if slack < self.tolerance * target or self.reseed == 0:
             return
-        allowed = (self.x == 0) & (self._maximum == self._full[self._owner])
+        stays = torch.from_numpy(~self.context.cost.ended(self._counts())).to(self.x.device)  # [G]
+        allowed = (self.x == 0) & (self._maximum == self._full[self._owner]) & stays[self._owner]
         order = torch.argsort(torch.where(allowed, self._score / self._price, -1.0), descending=True, stable=True)
         order = order[: math.ceil(self.reseed * len(order))]
         chosen = allowed[order] & (self._cost_price[order].cumsum(0) <= slack)
@@ -265,7 +296,8 @@ class GDP(Method):
     ) -> Allocation:
         """The widths that were found where they fit ``budget``, else the nearest narrower ones that do.
 
-        A channel beyond them is zero throughout and worth nothing. See :meth:`Method.allocate`.
+        A channel beyond them is zero throughout and worth nothing; a block that is gone stays so. See
+        :meth:`Method.allocate`.
         """
         lowest, highest = bounds(groups, cost, minimum, pinned or {})
         found = np.rint(widths.detach().cpu().numpy()).astype(np.int64)
@@ -274,7 +306,8 @@ class GDP(Method):
         if price <= budget:
             return Allocation(found, price, value=0.0, bound=0.0, gap=0.0, method="greedy", wall_s=0.0)
         levels = [np.minimum(level, 0.0) for level in worth(cost, widths)]
-        return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+        fixed = {**{int(g): 0 for g in np.flatnonzero(found == 0)}, **(pinned or {})}
+        return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=fixed)
 
     def state_dict(self) -> dict[str, Any]:
         return {
