@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -353,3 +354,38 @@ def test_a_solver_without_time_still_answers_within_the_budget():
         found = allocate(cost, value, 0.4 * cost.dense, method=method, time_limit_s=0.0)
         assert found.cost <= 0.4 * cost.dense
         assert found.bound >= found.value and 0 <= found.gap <= 1
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seeds)
+def test_blocks_without_a_channel_are_chosen_exactly(seed):
+    """Groups that may go altogether, with what is left of their segments, in the problems of above."""
+    cost, _, rng = instance(seed, groups=(2, 5))
+    shared = {int(g) for axis in cost.axes if len(axis.groups) > 1 or axis.offset for g in axis.groups}
+    removable = np.array([g not in shared for g in range(len(cost.full))])
+    sizes = [len(axis.knots) for axis in cost.axes]
+    terms = []
+    for term in cost.terms:
+        left = {}
+        if not cost.exact:
+            for dim, axis in enumerate(term.axes):
+                other = [sizes[a] for d, a in enumerate(term.axes) if d != dim]
+                left[axis] = rng.integers(0, 4, other).astype(float)
+        terms.append(replace(term, left=left))
+    implied = np.zeros((len(cost.full), len(cost.full)), dtype=bool)
+    cost = replace(cost, terms=tuple(terms), removable=removable, implied=implied).removing
+    value = [rng.integers(0, 16, len(cost.levels(g))).astype(float) for g in range(len(cost.full))]
+    assert all((0 in cost.levels(g)) == flag for g, flag in enumerate(removable))
+    prices, worth, _ = brute_force(cost, value, [cost.levels(g) for g in range(len(cost.full))])
+    budget = some_budget(prices, rng)
+    optimum = worth[prices <= budget].max()
+    exact = allocate(cost, value, budget, **EXACT)
+    assert exact.value == optimum and exact.cost == cost.price(exact.widths) <= budget
+    greedy = allocate(cost, value, budget, method="greedy")
+    assert greedy.cost <= budget and greedy.value <= optimum <= greedy.bound + 1e-9
+    rule = {"minimum": 1, **EXACT}
+    kept = prices[(brute_force(cost, value, [cost.levels(g) for g in range(len(cost.full))])[2] > 0).all(1)]
+    if (kept <= budget).any():
+        assert (allocate(cost, value, budget, **rule).widths >= 1).all()
+    gone = {int(g): 0 for g in np.flatnonzero(removable)}
+    assert (allocate(cost, value, prices.max(), pinned=gone).widths[removable] == 0).all()

@@ -362,7 +362,7 @@ def test_the_calibration_recovers_scale_and_overhead_and_never_a_negative_one(pr
     table = LatencyTable.read(profiled[1])
     plan = Plan.of(program)
     bare = replace(profiled[0], scale=1e-3, offset=0.0)
-    rows = [r for r in table.records if r["kind"] == "whole"]
+    rows = [r for r in table.records if r["kind"] == "whole" and r["role"] != "removal"]
     widths = np.array([r["widths"] for r in rows])
     for overhead, expected in ((0.05, 0.05), (-0.05, 0.0)):
         table.records = [
@@ -374,3 +374,35 @@ def test_the_calibration_recovers_scale_and_overhead_and_never_a_negative_one(pr
         assert offset == pytest.approx(expected, abs=1e-3)
         if overhead > 0:
             assert scale == pytest.approx(1.2e-3, rel=1e-2) and residual < 1e-2
+
+
+def test_what_is_left_of_a_removed_block_is_measured_and_costs_less_than_its_last_channel(program, profiled):
+    base, path = profiled
+    plan, table = Plan.of(program), LatencyTable.read(path)
+    removals = [r for r in table.records if r["kind"] == "whole" and r["role"] == "removal"]
+    assert removals and all(0 in r["widths"] for r in removals if r["median_us"] < 0.5 * 1e3 * base.dense)
+    rests = {rest.signature for rest in plan.left.values()}
+    seen = [r for r in table.records if r["kind"] == "segment" and r["signature"] in rests]
+    assert rests and {r["signature"] for r in seen} == rests
+    assert rests.isdisjoint(segment.signature for segment in plan.segments)
+    cost, removable = base.removing, program.groups.removable
+    for g in np.flatnonzero(removable):
+        narrow = np.where(np.arange(len(removable)) == g, 1, base.full)
+        assert 0 < cost.price(np.where(narrow == 1, 0, narrow)) < cost.price(narrow) == base.price(narrow)
+    assert all(term.left for term in base.terms if any(name.startswith("add") for name in term_nodes(plan, term.name)))
+    # without those samples the narrowest block stands for what is left of it
+    table.records = [r for r in table.records if r.get("signature") not in rests]
+    bounded = latency_model(program, table).removing
+    gone = np.where(removable, 0, base.full)
+    assert cost.price(gone) < bounded.price(gone) < base.price(np.where(removable, 1, base.full))
+
+
+def term_nodes(plan, name):
+    """The calls of a segment that carries on a block's stream."""
+    indices = {index for index, _ in plan.left}
+    return [
+        node
+        for i, segment in enumerate(plan.segments)
+        if i in indices and segment.name == name
+        for node in segment.nodes
+    ]

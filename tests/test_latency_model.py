@@ -1,6 +1,7 @@
 """The cost model against plain loops, finite differences, and operations counted in networks that were really cut."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,3 +200,86 @@ def test_flops_are_those_of_the_network_that_is_left(name):
         counted = multiply_accumulates(small, program.example_inputs)
         assert cost.price(widths) == pytest.approx(counted, rel=1e-9)
     assert cost.dense == pytest.approx(multiply_accumulates(program.module, program.example_inputs), rel=1e-9)
+
+
+# -- width 0
+
+
+class Bottlenecks(nn.Module):
+    """Two blocks of three convolutions each, whose two inner groups end together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["bottlenecks", "resnet8", "mobilenet_v2"])
+def test_flops_without_blocks_are_those_of_the_network_that_is_left(name):
+    network = Bottlenecks() if name == "bottlenecks" else load_model(name)
+    program = trace(network, (torch.randn(2, 3, 32, 32),))
+    base = flops_model(program)
+    cost, removable = base.removing, program.groups.removable
+    random = np.random.default_rng(0)
+    for draw in range(4):
+        widths = random.integers(1, program.groups.widths + 1)
+        assert cost.price(widths) == base.price(widths)
+        chosen = removable & (random.random(len(widths)) < (1.0 if draw == 0 else 0.5))
+        gone = np.where(chosen, 0, widths)
+        small = resize(program, keep_first(program.groups, gone)).eval()
+        counted = multiply_accumulates(small, program.example_inputs)
+        assert cost.price(gone) == cost.predict(gone) == pytest.approx(counted, rel=1e-9)
+        assert (gone == 0).any() == (cost.price(gone) < base.price(widths))
+    assert cost.floor == cost.price(np.where(removable, 0, 1)) < base.floor
+    with pytest.raises(UnknownWorkload, match="outside the tabulated"):
+        base.price(np.where(removable, 0, 1))
+
+
+def test_widths_of_zero_are_offered_only_where_asked_for_and_possible():
+    program = trace(Bottlenecks(), (torch.randn(1, 3, 8, 8),))
+    base, single = flops_model(program), flops_model(trace(load_model("resnet8"), (torch.randn(1, 3, 8, 8),)))
+    for cost in (base, single):
+        assert all(cost.levels(g)[0] == 1 for g in range(cost.groups)) and (cost.least == 1).all()
+        assert (cost.removing.least == np.where(cost.removable, 0, 1)).all() and cost.removing.removing is cost.removing
+        for g in range(cost.groups):
+            alone = int(cost.removable[g] and not cost.implied[g].any())
+            assert cost.removing.levels(g).tolist() == [0] * alone + cost.levels(g).tolist()
+    assert not any(0 in base.removing.levels(g) for g in range(base.groups))  # inner groups end together
+    assert sum(0 in single.removing.levels(g) for g in range(single.groups)) == 3
+    widths = base.full.copy()
+    widths[1] = 0
+    assert base.ended(widths).tolist() == [False, True, True, False, False]
+    vgg = model_of()
+    assert vgg.removing is vgg
+
+
+def test_the_last_channel_takes_the_launch_along_and_what_is_left_is_charged():
+    """A stream of 4 (group 0) and a block inside it (group 1): a segment into it, one out of it with an addition."""
+    stream = CostAxis(np.array([0]), np.array([1]), 0, np.array([1, 4]))
+    inner = CostAxis(np.array([1]), np.array([1]), 0, np.array([1, 2, 8]))
+    enter = CostTerm("enter", (0, 1), np.array([[5.0, 6, 9], [7, 8, 12]]))
+    leave = CostTerm("leave", (1, 0), np.array([[4.0, 5], [4, 6], [6, 9]]), {1: np.array([1.0, 3])})
+    ends = {"removable": np.array([False, True]), "implied": np.zeros((2, 2), dtype=bool)}
+    base = CostModel("ms", np.array([4, 8]), (stream, inner), (enter, leave), **ends)
+    cost = base.removing
+    assert [cost.price(np.array([4, n])) for n in (0, 1, 2, 8)] == [3, 12, 14, 21]
+    assert [cost.price(np.array([1, n])) for n in (0, 1)] == [1, 9]
+    for n in (1, 2, 3, 8):
+        for reading in ("price", "predict"):
+            assert getattr(cost, reading)(np.array([3, n])) == getattr(base, reading)(np.array([3, n]))
+        assert cost.value_and_grad(torch.tensor([2.0, n]))[0] == base.value_and_grad(torch.tensor([2.0, n]))[0]
+    assert cost.value_and_grad(torch.tensor([4.0, 0.5]))[1][1] == pytest.approx(12 - 3)
+    dear = CostModel(
+        "ms", np.array([4, 8]), (stream, inner), (enter, replace(leave, left={1: np.array([99.0, 99])})), **ends
+    )
+    assert dear.removing.price(np.array([4, 0])) == 5  # a rest is never dearer than the narrowest whole
+    assert CostModel("ms", base.full, base.axes, (enter, replace(leave, left={})), **ends).removing.floor == 0

@@ -312,3 +312,41 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     else:
         assert names["pruned"].result["met"]
         assert isinstance(names["module"], nn.Module)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_network_that_lost_blocks_is_trained_measured_saved_and_loaded(data, example, table, tmp_path, refit):
+    folder = tmp_path / "run"
+    work = Pruning(
+        dense(), example, budget="50%flops", table=table, profile_seconds=1, out=folder, progress=False, name="resnet8"
+    )
+    removed = [name for name in work.program.groups.names if name in ("layer1.0.conv1", "layer3.0.conv1")]
+    with work.search("gdp", steps=2) as search:
+        for name in removed:
+            search.method.x[search.method._owner == work.program.groups.names.index(name)] = 0
+    assert work.found.removes_blocks
+    module = work.cut(calibration=data.calibration, refit=refit)
+    assert work.pruned.kind == "program" and all(name in work.pruned.reason for name in removed)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+    constant = module.get_parameter("batch_norm_2_constant")
+    before = constant.detach().clone()
+    for (x, y), _ in zip(data.train, range(3), strict=False):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(module.train()(x), y).backward()
+        optimiser.step()
+    assert not torch.equal(constant, before)
+    result = work.finish(module.eval(), accuracy=0.5)
+    assert [result["widths"][name] for name in removed] == [0, 0]
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["flops"] <= 0.5 * result["dense_flops"] and result["parameters"] < result["dense_parameters"]
+    assert 0 < result["predicted_ms"] < result["predicted_dense_ms"]
+    assert "layer1.0.conv1: 0 of 16 channels" in (folder / "report.html").read_text()
+    with torch.no_grad():
+        expected = module(example)
+        torch.testing.assert_close(hwprune.load(folder)(example), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hwprune.load(folder, dense)(example), expected, rtol=1e-4, atol=1e-5)
+    resumed = Pruning(
+        dense(), example, budget="50%flops", table=table, out=folder, resume=True, progress=False, name="resnet8"
+    )
+    assert resumed.restore_search("gdp") and resumed.found.removes_blocks
+    assert (resumed._allocate(float(resumed.flops.dense)) == 0).sum() == 2

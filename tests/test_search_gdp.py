@@ -1,6 +1,8 @@
 """GDP: gates that polarise to exact zeros at the budget, and are absorbed without a jump."""
 
 import copy
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -336,6 +338,7 @@ def test_a_step_takes_the_same_operations_however_many_groups():
         ({"hold": 0.9}, "hold"),
         ({"least": 0.5}, "least"),
         ({"reseed": 2.0}, "reseed"),
+        ({"few": -0.1}, "few"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -357,3 +360,143 @@ def test_a_real_network_needs_no_fine_tuning_at_half_of_its_flops():
     smaller = cut(model, program, keep_top(program.groups, chosen.widths, found.ranking)).module
     whole, pruned = (evaluate(network, data.test).accuracy for network in (model, smaller))
     assert chosen.cost <= budget and pruned == whole and pruned > 0.93
+
+
+# -- blocks
+
+
+class Blocks(nn.Module):
+    """A stream of 8 channels and three residual blocks, the last with two groups inside that end together."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.branches = nn.ModuleList(self.branch(*widths) for widths in ((6,), (6,), (5, 4)))
+        self.head = nn.Linear(8, 3)
+
+    def branch(self, *widths):
+        layers = []
+        for a, b in itertools.pairwise((8, *widths, 8)):
+            layers += [nn.Conv2d(a, b, 1 if b == 8 else 3, padding=int(b != 8)), nn.BatchNorm2d(b), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for branch in self.branches:
+            x = F.relu(x + branch(x))
+        return self.head(x.mean((2, 3)))
+
+
+def launched(program, overhead=0.3):
+    """FLOPs, and as a share of all of them what launching a contraction costs: the floor is high, unless blocks end."""
+    flops = flops_model(program)
+    terms = tuple(replace(term, table=term.table / flops.dense + overhead) for term in flops.terms)
+    return replace(flops, unit="ms", exact=False, terms=terms)
+
+
+def test_an_ended_block_is_cut_without_a_jump_and_takes_what_is_inside_along():
+    model = Blocks()
+    x = next(batches(1))[0]
+    _, run = start(model, 0.5)
+    groups = run.context.groups
+    first, second = groups.names.index("branches.0.0"), groups.names.index("branches.2.0")
+    assert groups.removable.sum() == 4 and (run.context.minimum == np.where(groups.removable, 0, 1)).all()
+    with run:
+        owner = run.method._owner
+        run.method.x[(owner == first) | (owner == second)] = 0
+        run.method._end_blocks()
+        run.before_step(0)
+        gated = model(x)
+    assert torch.equal(model(x), gated)
+    found = run.result()
+    inside = groups.names.index("branches.2.3")
+    assert found.removes_blocks and found.widths[[first, second, inside]].tolist() == [0, 0, 0]
+    assert (found.widths > 0).sum() == 2
+    chosen = GDP.allocate(groups, run.context.cost, found.widths, found.ranking, run.context.cost.dense)
+    assert (chosen.widths == found.widths.numpy()).all()
+    program = trace(model.eval(), (x,))
+    smaller = cut(model, program, keep_top(groups, chosen.widths, found.ranking))
+    assert smaller.kind == "program" and "branches.0.0" in smaller.reason
+    torch.testing.assert_close(smaller.module(x), gated)
+    assert sum("conv" in node.name for node in smaller.module.graph.nodes) == 3
+    tight = GDP.allocate(groups, run.context.cost, found.widths, found.ranking, 0.5 * chosen.cost)
+    assert tight.cost <= 0.5 * chosen.cost and (tight.widths <= chosen.widths).all()
+    assert (tight.widths[[first, second, inside]] == 0).all()
+
+
+def test_the_last_gates_of_a_block_pay_for_its_launches():
+    program = trace(Blocks().eval(), (torch.randn(2, 2, 6, 6),))
+    run = start(Blocks(), 0.5, cost=launched(program), options={"few": 0.4})[1]
+    method, groups = run.method, run.context.groups
+    g = groups.names.index("branches.0.0")
+    of_block = method._owner == g
+    prices = []
+    for left in (6, 3, 2, 1):
+        method.x[of_block] = torch.arange(6).lt(left).float()
+        method._set_price()
+        prices.append(float(method._cost_price[of_block][0]))
+    counts = method._counts()
+    saved = run.context.cost.price(counts) - run.context.cost.price(np.where(np.arange(len(counts)) == g, 0, counts))
+    assert prices[0] == pytest.approx(prices[1], rel=0.2)  # three of six are not few
+    assert prices[3] == pytest.approx(saved, rel=1e-6) and saved > 0.6  # two launches
+    assert prices[3] > 1.5 * prices[2] > 3 * prices[1]
+    method.x[of_block] = 0
+    method._set_price()
+    assert (method._cost_price[of_block] == 0).all()
+    method._score[of_block] = 100.0
+    method._cost_hard, method.reseed = 0.0, 1.0
+    method._seed(0)
+    assert (method.x[of_block] == 0).all(), "a block that is gone is not seeded again"
+
+
+def test_blocks_end_when_launches_are_what_costs_and_stay_where_told():
+    program = trace(Blocks().eval(), (torch.randn(2, 2, 6, 6),))
+    cost = launched(program)
+    floor = cost.floor / cost.dense
+    model, run = start(Blocks(), floor, cost=cost)
+    with run:
+        train(model, run)
+    widths = run.widths().numpy()
+    removed = run.context.groups.removable & (widths == 0)
+    assert removed.any() and run.context.cost.price(widths) <= floor * cost.dense
+    assert (widths[~run.context.groups.removable] >= 1).all()
+    for told in ({"options": {"blocks": False}}, {"minimum": np.ones(len(widths), np.int64)}):
+        model, run = start(Blocks(), floor, cost=cost, **told)
+        with run:
+            train(model, run)
+        assert (run.widths() >= 1).all()
+    assert not run.method.context.pinned
+    g = run.context.groups.names.index("branches.1.0")
+    model, run = start(Blocks(), floor, cost=cost, pinned={g: 0}, steps=20)
+    with run:
+        train(model, run)
+    assert run.widths()[g] == 0
+    with pytest.raises(InvalidInput, match="cannot be pinned to 0"):
+        start(Blocks(), floor, cost=cost, pinned={g: 0}, options={"blocks": False})
+
+
+def test_a_residual_network_bound_by_launches_is_better_without_a_block():
+    torch.manual_seed(0)
+    data = load_data("digits")
+    model = CifarResNet(8, 10, 1)
+    fit(model, data.train, Recipe(epochs=8, lr=0.1, seed=0), progress=False)
+    program = trace(model.eval(), (next(iter(data.test))[0][:8],))
+    cost = launched(program, 0.1)
+    budget = 0.5 * cost.dense
+    accuracies = {}
+    for blocks in (True, False):
+        gated = copy.deepcopy(model)
+        recipe = Recipe(epochs=10, lr=0.02, seed=0)
+        options = {"blocks": blocks}
+        found = search("gdp", gated, program.groups, cost, budget, data.train, recipe, options=options, progress=False)
+        known = cost.removing if found.removes_blocks else cost
+        chosen = GDP.allocate(program.groups, known, found.widths, found.ranking, budget)
+        assert chosen.cost <= budget and (chosen.widths == 0).any() == blocks
+        smaller = cut(gated, program, keep_top(program.groups, chosen.widths, found.ranking)).module
+        accuracies[blocks] = evaluate(smaller, data.test).accuracy
+        assert (
+            accuracies[blocks] == evaluate(gated, data.test).accuracy
+            or not (chosen.widths == found.widths.numpy()).all()
+        )
+    assert accuracies[True] > 0.9 and accuracies[True] > accuracies[False]
