@@ -170,18 +170,19 @@ def test_zero_is_absorbing_unless_there_is_room_in_the_budget():
 
 def test_a_dear_channel_pays_more_and_within_the_budget_none_pays():
     cost = linear_cost(WIDTHS, (3.0, 1.0))
-    run = start(cost=cost, ramp=0)[1]
-    method = drive(run.method, 1, lambda step: torch.zeros(20))
-    price = method._price
-    assert price[0] == pytest.approx(3 * float(price[8])) and price.square().mean().item() == pytest.approx(1)
-    assert (method.x[:8] < method.x[8:].min()).all() and method.log()["multiplier"] > 0
+    for curb in (0.5, 1.0):
+        run = start(cost=cost, ramp=0, options={"curb": curb})[1]
+        method = drive(run.method, 1, lambda step: torch.zeros(20))
+        price = method._price
+        assert price[0] == pytest.approx(3**curb * float(price[8])) and price.square().mean().item() == pytest.approx(1)
+        assert (method.x[:8] < method.x[8:].min()).all() and method.log()["multiplier"] > 0
     run = start(cost=cost, fraction=1.0)[1]
     method = drive(run.method, 5, lambda step: torch.zeros(20))
     assert (method.x == 1).all() and method.log()["multiplier"] == 0
 
 
 def test_the_ratio_of_prices_is_bounded_and_they_are_held():
-    run = start(cost=linear_cost(WIDTHS, (1000.0, 1.0)), ramp=0)[1]
+    run = start(cost=linear_cost(WIDTHS, (1000.0, 1.0)), ramp=0, options={"curb": 1.0})[1]
     method = drive(run.method, 1, lambda step: torch.zeros(20))
     assert method._price.max() / method._price.min() == pytest.approx(10)
     run = start(ramp=0, options={"refresh": 3})[1]  # FLOPs are bilinear: fewer channels here are cheaper ones there
@@ -339,6 +340,7 @@ def test_a_step_takes_the_same_operations_however_many_groups():
         ({"least": 0.5}, "least"),
         ({"reseed": 2.0}, "reseed"),
         ({"few": -0.1}, "few"),
+        ({"curb": 2.0}, "curb"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -499,4 +501,4 @@ def test_a_residual_network_bound_by_launches_is_better_without_a_block():
             accuracies[blocks] == evaluate(gated, data.test).accuracy
             or not (chosen.widths == found.widths.numpy()).all()
         )
-    assert accuracies[True] > 0.9 and accuracies[True] > accuracies[False]
+    assert accuracies[True] > 0.85 and accuracies[True] > accuracies[False] + 0.03
