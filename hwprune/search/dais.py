@@ -12,15 +12,16 @@ than the budget, - where it is cheaper than the dead zone below it, and nothing 
 
 From the paper's abstract and from third parties' notes and code of its equations 7-11: I, the alternation, the lasso,
 the three branches of the log cost, and a regulariser that equalises the keep rates of layers whose outputs are added.
-Reconstruction, where no source states it: all coefficients; Adam with a step proportional to T, so that α / T moves
-equally fast at all temperatures; α left where it is once the slope of its indicator is below ``window``; the loss
-gradient put on the scale of the cost's, so that one set of coefficients fits all networks; the form of the symmetry
-term; the last steps on the network that the allocation within the budget leaves. Different on purpose: log T falls
-linearly, where a third party has 1/T rise linearly to 50, which spends the annealing before the budget is in force
-(resnet8 on digits, 200 steps, half of the FLOPs, two seeds: 19 and 23 % of the indicators undecided at the end, and 10
-% of them so); the branch is decided by hard counts, as at high T the relaxed cost is far from that of the network which
-is left (by a quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at least one step of the cost's table, as a
-narrower one between two plateaus could never be entered. The layers that are added share one indicator per coupled
+Reconstruction, where no source states it: all coefficients; α from the magnitudes of the weights at the start; Adam
+with one second moment per group, and a step proportional to T, so that α / T moves equally fast at all temperatures; α
+left where it is once the slope of its indicator is below ``window``; the loss gradient put on the scale of the cost's,
+so that one set of coefficients fits all networks; the form of the symmetry term; the last steps on the network that the
+allocation within the budget leaves. The budget is in force from the first step, unlike in the other methods: the
+relaxation is the ramp, and at the end of another one T would be too low to undo anything. Different on purpose: log T
+falls linearly, where a third party has 1/T rise linearly to 50, which spends the annealing in the first steps; the
+branch is decided by hard counts, as at high T the relaxed cost is far from that of the network which is left (by a
+quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at least one step of the cost's table, as a narrower one
+between two plateaus could never be entered. The layers that are added share one indicator per coupled
 channel, so that their rates are equal as they stand.
 """
 
@@ -36,9 +37,12 @@ from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
 from hwprune.ops.reference import group_sum
 from hwprune.search.base import Context, Method, expect_network, finite, mask_gradient
+from hwprune.search.dsa import LiveImportance
 
 _BETAS = (0.9, 0.99)  # Adam's
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
+_FALL = 0.9  # part of the steps before the indicators settle in which T falls
+_REACH = 6.0  # |α| / T that a search can undo: Adam's step over the fall of log T
 _BESIDE = 3.0  # |α| / T, at the end, of a channel that a minimum or maximum width keeps on its side
 _LEAST = 1e-12
 
@@ -50,9 +54,12 @@ class DAIS(Method):
     the entry ``held_out`` of the log is then 0.
 
     Args:
-        lr: Adam's step on α / T. ``None``: ``15 / steps``, at most 0.2, so that a short search can travel as far as a
-            long one; it falls by a cosine to a tenth.
+        lr: Adam's step on α / T. ``None``: six times what log T falls by in a step, at most 0.2. Annealing drives α / T
+            apart exponentially, and what is further from 0 than that multiple can no longer be undone. It falls by a
+            cosine to a tenth, so that annealing wins in the end.
         init: mean of α at the start; uniform between half and one and a half of it, as equal ones would stay equal.
+        spread: least standard deviation within a group of what the logarithm of the magnitudes, |γ| √‖w‖, adds to α / T
+            at the start. Without it a short search chooses at random, as the gradients of single channels are noise.
         temperature: T at the start and at the end; log-linear in between, and held before the indicators settle.
         anneal: ``False`` keeps T at its start, to see what annealing is worth: the log's ``cost_soft`` against
             ``cost_hard`` and, when they have settled, ``loss_soft`` against ``loss_hard`` on one held-out batch.
@@ -70,7 +77,8 @@ class DAIS(Method):
             resnet8 on digits did better with 1).
         window: slope dI / dα below which a channel is decided and left alone.
         settle: part of the steps, the last, in which the indicators are those of the network that will be cut, and the
-            weights adapt to it; none without annealing.
+            weights adapt to it; none without annealing. The learning rate usually falls to 0 in a search, so that a
+            short part at its end would teach the weights nothing.
         interval: training steps per step of the indicators.
     """
 
@@ -82,6 +90,7 @@ class DAIS(Method):
         self,
         lr: float | None = None,
         init: float = 0.1,
+        spread: float = 1.0,
         temperature: tuple[float, float] = (1.0, 0.01),
         anneal: bool = True,
         pull: float = 1.0,
@@ -90,7 +99,7 @@ class DAIS(Method):
         symmetry: float = 0.0,
         balance: float = 3.0,
         window: float = 1e-3,
-        settle: float = 0.15,
+        settle: float = 0.4,
         interval: int = 1,
     ) -> None:
         if not 0 < temperature[1] <= temperature[0]:
@@ -101,10 +110,11 @@ class DAIS(Method):
             raise InvalidInput(f"pull={pull} and balance={balance} must be positive, tolerance={tolerance} in (0, 1)")
         if not 0 <= settle < 1:
             raise InvalidInput(f"settle={settle} is a part of the steps: 0 or more, and less than 1")
-        if min(lasso, symmetry, window) < 0:
-            raise InvalidInput(f"lasso={lasso}, symmetry={symmetry} and window={window} must not be negative")
+        if min(spread, lasso, symmetry, window) < 0:
+            raise InvalidInput(f"{spread=}, {lasso=}, {symmetry=} and {window=} must not be negative")
         self.lr = lr
         self.init = init
+        self.spread = spread
         self.temperature = temperature
         self.anneal = anneal
         self.pull = pull
@@ -131,9 +141,11 @@ class DAIS(Method):
         self._zone = self._largest_step()
         self._settled_from = math.ceil((1 - self.settle) * context.steps)
         jitter = torch.rand(groups.total, generator=context.generator, device=device) + 0.5
-        self.alpha = self._bounded(self.init * jitter)  # [ΣC]
+        scores = LiveImportance(context.model, groups, device, tie_break=0.5, spread=self.spread).now()
+        ordered = self.temperature[0] * scores.log() if self.spread else 0.0
+        self.alpha = self._bounded(self.init * jitter + ordered)  # [ΣC]
         self._exp_avg = torch.zeros_like(self.alpha)
-        self._exp_avg_sq = torch.zeros_like(self.alpha)
+        self._exp_avg_sq = torch.zeros(len(groups), device=device)  # of a group: see `_adam`
         self._updates = 0
         self._loss_size = self._loss_weight = 0.0  # running mean square of dL/dI, and the weights summed in it
         self._mask: Tensor | None = None
@@ -143,14 +155,14 @@ class DAIS(Method):
         self._now = self.temperature[0]
         self._losses: dict[str, float] = {}
         # The dual variable integrates the excess; more than ten updates in a search would chase the indicators.
-        self._dual_interval = max(1, context.steps // (10 * self.interval))
+        self._dual_interval = max(1, self._settled_from // (10 * self.interval))
 
     def temperature_at(self, step: int) -> float:
         """T: log-linear over the first nine tenths of the steps until the indicators settle, then constant."""
         first, last = self.temperature
         if not self.anneal:
             return first
-        return first * math.pow(last / first, min(1.0, step / max(1.0, 0.9 * (self._settled_from - 1))))
+        return first * math.pow(last / first, min(1.0, step / max(1.0, _FALL * (self._settled_from - 1))))
 
     def masks(self, step: int) -> Tensor:
         self._now = self.temperature_at(step)
@@ -184,7 +196,7 @@ class DAIS(Method):
         cost, slope = context.cost.value_and_grad(soft)
         self._cost_soft, self._cost_hard = float(cost), float(context.cost.price(self._counts()))
         price = (slope.to(indicators) / self._cost_soft)[self._owner]  # [ΣC] d log E / dI
-        self._force = self._branch(step)
+        self._force = self._branch()
 
         self._updates += 1
         square = float(loss_grad.square().mean())
@@ -209,12 +221,16 @@ class DAIS(Method):
         self.context.masked.set(indicators)
         return finite(gradient)
 
-    def _branch(self, step: int) -> float:
-        """What the log cost is multiplied by, from the price of the hard counts: above, below or within the zone."""
+    def _branch(self) -> float:
+        """What the log cost is multiplied by, from the price of the hard counts: above, below or within the zone.
+
+        Always of the whole budget: the relaxation itself is the ramp, and whatever closes only when T is low is too
+        late to be weighed against what it competes with.
+        """
         controller = self.context.controller
         if self._updates % self._dual_interval == 0:
-            controller.update(self._cost_hard, step)
-        target = controller.target(step)
+            controller.update(self._cost_hard, self.context.steps)
+        target = controller.budget
         if self._cost_hard > target:
             return self.pull + controller.dual
         return -self.pull if self._cost_hard < (1 - max(self.tolerance, self._zone / target)) * target else 0.0
@@ -228,19 +244,29 @@ class DAIS(Method):
         return (sign - (group_sum(sign, self._alike, count) / members)[self._alike])[self._owner]
 
     def _adam(self, gradient: Tensor, indicators: Tensor, temperature: float, step: int) -> None:
+        """Adam's step, with the second moment of the group.
+
+        With one of their own all channels would move alike: those that the loss hardly depends on by their noise.
+        """
         first, second = _BETAS
         self._exp_avg.lerp_(gradient, 1 - first)
-        self._exp_avg_sq.lerp_(gradient.square(), 1 - second)
+        squares = group_sum(gradient.square(), self._owner, len(self._full)) / self._full  # [G]
+        self._exp_avg_sq.lerp_(squares.to(self._exp_avg_sq), 1 - second)
         mean = self._exp_avg / (1 - first**self._updates)
-        deviation = (self._exp_avg_sq / (1 - second**self._updates)).sqrt()
+        deviation = (self._exp_avg_sq / (1 - second**self._updates)).sqrt()[self._owner]
         move = self._lr_at(step) * temperature * mean / deviation.clamp_min(_LEAST)
         decided = indicators * (1 - indicators) / temperature < self.window
         self.alpha = self._bounded(torch.where(decided, self.alpha, self.alpha - move))
 
     def _lr_at(self, step: int) -> float:
-        steps = max(1, self.context.steps)
-        peak = min(0.2, 15 * self.interval / steps) if self.lr is None else self.lr
-        return peak * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
+        """The step on α / T: a multiple of what log T falls by in one, or annealing would outrun what is to be undone.
+
+        It then falls to a tenth, so that annealing wins in the end.
+        """
+        first, last = self.temperature
+        falls = self.interval * math.log(first / last) / max(1.0, _FALL * (self._settled_from - 1))
+        peak = min(0.2, _REACH * falls or 0.2) if self.lr is None else self.lr
+        return peak * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / max(1, self._settled_from))))
 
     def _bounded(self, alpha: Tensor) -> Tensor:
         """α with the best of every group on the side on which its least and greatest width put them. [ΣC]"""
