@@ -86,7 +86,7 @@ def train(model, run, data=None, start=0, until=None):
 def test_temperature_falls_log_linearly_and_is_held_at_the_end():
     method = start(options={"temperature": (2.0, 0.02)})[1].method
     assert method.temperature_at(0) == 2 and method.temperature_at(STEPS - 1) == pytest.approx(0.02)
-    assert method.temperature_at(round(0.45 * 0.85 * (STEPS - 1))) == pytest.approx(0.2, rel=0.05)
+    assert method.temperature_at(round(0.45 * 0.6 * (STEPS - 1))) == pytest.approx(0.2, rel=0.05)
     assert method.temperature_at(round(0.8 * STEPS)) == pytest.approx(0.02)
     method.anneal = False
     assert method.temperature_at(STEPS - 1) == 2

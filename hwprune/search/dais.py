@@ -142,7 +142,9 @@ class DAIS(Method):
         self._settled_from = math.ceil((1 - self.settle) * context.steps)
         jitter = torch.rand(groups.total, generator=context.generator, device=device) + 0.5
         scores = LiveImportance(context.model, groups, device, tie_break=0.5, spread=self.spread).now()
-        ordered = self.temperature[0] * scores.log() if self.spread else 0.0
+        ordered = self.temperature[0] * scores.log() if self.spread else torch.zeros_like(scores)
+        if not context.steps:
+            ordered -= ordered.min()  # nothing will be decided, but the order stands
         self.alpha = self._bounded(self.init * jitter + ordered)  # [ΣC]
         self._exp_avg = torch.zeros_like(self.alpha)
         self._exp_avg_sq = torch.zeros(len(groups), device=device)  # of a group: see `_adam`
