@@ -126,6 +126,28 @@ def test_indicators_fold_into_the_network_and_the_weights_see_no_other():
     assert torch.allclose(model[1].weight, model[1]._parameters["weight"] * mask[:8])
 
 
+def test_indicators_start_in_the_order_of_the_magnitudes():
+    model = chain((200,))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(0.1, 3, 200))
+    alpha = start(copy.deepcopy(model))[1].method.alpha
+    assert torch.corrcoef(torch.stack([alpha, torch.arange(200.0)]))[0, 1] > 0.8
+    alpha = start(model, options={"spread": 0.0})[1].method.alpha
+    assert alpha.min() >= 0.05 and alpha.max() <= 0.15
+
+
+def test_channels_that_the_loss_hardly_depends_on_do_not_wander():
+    """Adam with a second moment of each channel's own would move them as far as the others."""
+    method = start(chain((8,)))[1].method
+    before, generator = method.alpha.clone(), torch.Generator().manual_seed(0)
+    for step in range(10):
+        method._updates += 1
+        gradient = torch.randn(8, generator=generator) * torch.tensor([1.0, 1e-3] * 4)
+        method._adam(gradient, method.alpha.sigmoid(), 1.0, step)
+    moved = (method.alpha - before).abs().view(4, 2)
+    assert moved[:, 0].min() > 0.1 and moved[:, 1].max() < 0.01
+
+
 # -- the two levels
 
 
@@ -249,6 +271,15 @@ def test_useless_channels_go_first_and_the_budget_is_met():
     chosen = DAIS.allocate(context.groups, context.cost, run.widths(), run.ranking(), 0.5 * context.cost.dense)
     assert chosen.cost <= 0.5 * context.cost.dense
     assert (run.ranking() > 0).all() and run.ranking()[8:].topk(2).indices.max() < 4
+
+
+@pytest.mark.parametrize("steps", [60, 120])
+def test_the_budget_is_met_while_the_indicators_can_still_be_undone(steps):
+    """Not by cutting, at the end, what annealing had decided to keep: that was four tenths of the cost."""
+    model, run = start(chain((16,) * 4), fraction=0.3, steps=steps)
+    with run:
+        train(model, run, until=run.method._settled_from - 1)
+    assert 0.8 < run.log()["cost_hard"] / run.context.controller.budget < 1.05
 
 
 def test_found_widths_that_fit_are_allocated_as_they_are():
