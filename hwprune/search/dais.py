@@ -91,7 +91,7 @@ class DAIS(Method):
         lr: float | None = None,
         init: float = 0.1,
         spread: float = 1.0,
-        temperature: tuple[float, float] = (1.0, 0.01),
+        temperature: tuple[float, float] = (1.0, 0.002),
         anneal: bool = True,
         pull: float = 1.0,
         tolerance: float = 0.01,
