@@ -59,7 +59,8 @@ class DAIS(Method):
             cosine to a tenth, so that annealing wins in the end.
         init: mean of α at the start; uniform between half and one and a half of it, as equal ones would stay equal.
         spread: least standard deviation within a group of what the logarithm of the magnitudes, |γ| √‖w‖, adds to α / T
-            at the start. Without it a short search chooses at random, as the gradients of single channels are noise.
+            at the start; 0 starts all alike. Searches of some dozen steps keep to the budget better with it; accuracy
+            did not need it (resnet20, 30 % of its FLOPs, two seeds, a short schedule: 76.7 % with it, 77.5 % without).
         temperature: T at the start and at the end; log-linear in between, and held before the indicators settle.
         anneal: ``False`` keeps T at its start, to see what annealing is worth: the log's ``cost_soft`` against
             ``cost_hard`` and, when they have settled, ``loss_soft`` against ``loss_hard`` on one held-out batch.
