@@ -21,8 +21,8 @@ relaxation is the ramp, and at the end of another one T would be too low to undo
 falls linearly, where a third party has 1/T rise linearly to 50, which spends the annealing in the first steps; the
 branch is decided by hard counts, as at high T the relaxed cost is far from that of the network which is left (by a
 quarter, of α ~ N(0.3, 0.8) at T = 1); and the dead zone is at least one step of the cost's table, as a narrower one
-between two plateaus could never be entered. The layers that are added share one indicator per coupled
-channel, so that their rates are equal as they stand.
+between two plateaus could never be entered. The layers that are added share one indicator per coupled channel, so that
+their rates are equal as they stand.
 """
 
 import math
