@@ -1,6 +1,6 @@
 """The masked convolution and one step of a search, against what one would write without them.
 
-    python benchmarks/bench_ops.py [--threads 1] [--rounds 9] [--only conv columns norm search]
+    python benchmarks/bench_ops.py [--threads 1 2] [--rounds 9] [--only conv columns norm search]
 
 Every operator is checked against its rival on the tensors that are then timed. The two run in turns, one call each, so
 that a slow spell of the machine meets both, and take turns in going first; medians are compared. `spread` is the
@@ -62,22 +62,24 @@ VGG16 = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="on the CPU")
     parser.add_argument("--rounds", type=int, default=9, help="calls of each side per row")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     args = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = Target(device=device) if device == "cuda" else Target(threads=args.threads)
+    targets = [Target(device=device)] if device == "cuda" else [Target(threads=count) for count in args.threads]
     rows = []
-    with settings(target):
-        for section in args.only:
-            for row in SECTIONS[section](device, args):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+    for target in targets:
+        with settings(target):
+            for section in args.only:
+                for row in SECTIONS[section](device, args):
+                    rows.append({**row, "threads": target.threads})
+                    print(json.dumps(rows[-1]), flush=True)
     context = {
-        **fingerprint(target),
+        **fingerprint(targets[0]),
+        "threads": [target.threads for target in targets],
         "rounds": args.rounds,
         "python": platform.python_version(),
         "commit": subprocess.run(
@@ -88,8 +90,9 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"context": {json.dumps(context)},\n "rows": [\n  {lines}\n]}}\n')
-    for key in dict.fromkeys((row["op"], row["rival"], row["keep"]) for row in rows):
-        ratios = [row["ratio"] for row in rows if (row["op"], row["rival"], row["keep"]) == key]
+    kinds = [(row["op"], row["rival"], row["keep"], row["threads"]) for row in rows]
+    for key in dict.fromkeys(kinds):
+        ratios = [row["ratio"] for row, kind in zip(rows, kinds, strict=True) if kind == key]
         print(f"{key}: geometric mean {np.exp(np.mean(np.log(ratios))):.2f}, least {min(ratios):.2f}")
 
 

@@ -14,11 +14,12 @@ from hwprune.allocator import allocate
 from hwprune.budget import BudgetController
 from hwprune.errors import InfeasibleBudget, InvalidInput
 from hwprune.graph import keep_top, resize, trace
+from hwprune.importance import LiveImportance
 from hwprune.latency import CostModel, flops_model
 from hwprune.latency.model import CostAxis, CostTerm
 from hwprune.search import METHODS, Search, create, method_class, search
 from hwprune.search.base import worth
-from hwprune.search.dsa import DSA, LiveImportance
+from hwprune.search.dsa import DSA
 from hwprune.train import Recipe
 
 STEPS = 150

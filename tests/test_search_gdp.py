@@ -348,12 +348,17 @@ def test_wrong_options_are_named(options, message):
         GDP(**options)
 
 
-def test_a_real_network_needs_no_fine_tuning_at_half_of_its_flops():
+def trained(epochs):
+    """The digits, a residual network that was trained on them, and its program."""
     torch.manual_seed(0)
     data = load_data("digits")
     model = CifarResNet(8, 10, 1)
-    fit(model, data.train, Recipe(epochs=12, lr=0.1, seed=0), progress=False)
-    program = trace(model.eval(), (next(iter(data.test))[0][:8],))
+    fit(model, data.train, Recipe(epochs=epochs, lr=0.1, seed=0), progress=False)
+    return data, model, trace(model.eval(), (next(iter(data.test))[0][:8],))
+
+
+def test_a_real_network_needs_no_fine_tuning_at_half_of_its_flops():
+    data, model, program = trained(epochs=12)
     cost = flops_model(program)
     budget = 0.5 * cost.dense
     recipe = Recipe(epochs=15, lr=0.02, seed=0)
@@ -479,11 +484,7 @@ def test_blocks_end_when_launches_are_what_costs_and_stay_where_told():
 
 
 def test_a_residual_network_bound_by_launches_is_better_without_a_block():
-    torch.manual_seed(0)
-    data = load_data("digits")
-    model = CifarResNet(8, 10, 1)
-    fit(model, data.train, Recipe(epochs=8, lr=0.1, seed=0), progress=False)
-    program = trace(model.eval(), (next(iter(data.test))[0][:8],))
+    data, model, program = trained(epochs=8)
     cost = launched(program, 0.1)
     budget = 0.5 * cost.dense
     accuracies = {}

@@ -489,18 +489,19 @@ void channel_sums(const float* x, const Batch& batch, float* sums, float* square
 void pick_part(const float* matrix, const Part& args, float* part) {
   const int64_t count = args.column_count, per_group = args.row_count / std::max<int64_t>(1, args.groups);
   // Rows are read from left to right, which the memory likes, and put into the order asked for afterwards.
-  std::vector<Picker> pickers;
-  std::vector<int32_t> places(args.columns ? static_cast<size_t>(args.groups * count) : 0);
   bool ordered = true;
+  for (int64_t g = 0; args.columns && g < args.groups; ++g)
+    ordered = ordered && std::is_sorted(args.columns + g * count, args.columns + (g + 1) * count);
+  std::vector<Picker> pickers;
+  std::vector<int32_t> places(ordered ? 0 : static_cast<size_t>(args.groups * count));
   for (int64_t g = 0; args.columns && g < args.groups; ++g) {
     std::vector<int64_t> sorted(args.columns + g * count, args.columns + (g + 1) * count);
-    if (!std::is_sorted(sorted.begin(), sorted.end())) {
-      ordered = false;
+    if (!ordered) {
       std::sort(sorted.begin(), sorted.end());
+      for (int64_t j = 0; j < count; ++j)
+        places[static_cast<size_t>(g * count + j)] = static_cast<int32_t>(
+            std::lower_bound(sorted.begin(), sorted.end(), args.columns[g * count + j]) - sorted.begin());
     }
-    for (int64_t j = 0; j < count; ++j)
-      places[static_cast<size_t>(g * count + j)] = static_cast<int32_t>(
-          std::lower_bound(sorted.begin(), sorted.end(), args.columns[g * count + j]) - sorted.begin());
     pickers.emplace_back(sorted.data(), count, args.width);
   }
   parallel(args.row_count, kGrain / std::max<int64_t>(1, count), args.threads,

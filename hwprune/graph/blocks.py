@@ -79,9 +79,8 @@ class Blocks:
     def __init__(self, labels: Labels, groups: Groups) -> None:
         self._labels = labels
         self._groups = groups
-        owner = np.full(len(labels.coupling.root), -1)  # [labels] group of a component
-        owner[groups.components] = np.repeat(np.arange(len(groups)), groups.widths)
-        self._owner = owner
+        self.owner = np.full(len(labels.coupling.root), -1)  # [labels] group of a component
+        self.owner[groups.components] = np.repeat(np.arange(len(groups)), groups.widths)
         self._readers: list[set[fx.Node]] = [set() for _ in range(len(groups))]  # nodes with a size that follows
         self._static = _without_input(labels.module)
         self._mixed: set[int] = {g for g, group in enumerate(groups) if group.width == 1}
@@ -108,7 +107,7 @@ class Blocks:
         return frozenset(alone)
 
     def _owners(self, box: Tensor) -> set[int]:
-        found: set[int] = set(np.unique(self._owner[self._labels.canon(box).numpy()]).tolist())
+        found: set[int] = set(np.unique(self.owner[self._labels.canon(box).numpy()]).tolist())
         return found if found != {-1} else set()
 
     # -- which groups
@@ -135,10 +134,9 @@ class Blocks:
     def implied(self) -> Bools:
         """[G, G] whether the channels of the second group are not computed any more once the first has none."""
         found = np.zeros((len(self._groups), len(self._groups)), dtype=np.bool_)
-        for g in np.flatnonzero(self.removable):
-            dead = self.without([int(g)]).dead
+        for g, remains in self.alone.items():
             for h, readers in enumerate(self._readers):
-                found[g, h] = h != g and h not in self._mixed and bool(readers) and readers <= dead
+                found[g, h] = h != g and h not in self._mixed and bool(readers) and readers <= remains.dead
         return found
 
     def _connected(self, empty: set[int]) -> bool:
@@ -149,6 +147,11 @@ class Blocks:
         return True
 
     # -- what is left
+
+    @cached_property
+    def alone(self) -> dict[int, Remains]:
+        """What is left without one removable group: by group."""
+        return {g: self.without([g]) for g in np.flatnonzero(self.removable).tolist()}
 
     def without(self, empty: Iterable[int]) -> Remains:
         """What is left when these groups have no channels. Raises InvalidInput where the network falls apart."""

@@ -73,7 +73,7 @@ def leftovers(program: Program, parts: tuple[Segment, ...]) -> dict[tuple[int, i
     blocks, found = program.blocks, {}
     nodes = {node.name: node for node in program.module.graph.nodes}
     for g in np.flatnonzero(blocks.removable | blocks.implied.any(0)).tolist():
-        remains = blocks.without([g if blocks.removable[g] else int(np.argmax(blocks.implied[:, g]))])
+        remains = blocks.alone[g if blocks.removable[g] else int(np.argmax(blocks.implied[:, g]))]
         cutter = _Cutter(program, frozenset(remains.constants))
         for index, part in enumerate(parts):
             if any(g in axis.groups for axis in part.axes):
@@ -90,8 +90,7 @@ class _Cutter:
         self.constants = constants  # calls in whose place stands a parameter
         self.labels: Labels = program.labels
         self.groups: Groups = program.groups
-        self.owner = np.full(len(self.labels.coupling.root), -1)  # [labels] group of a component
-        self.owner[self.groups.components] = np.repeat(np.arange(len(self.groups)), self.groups.widths)
+        self.owner = program.blocks.owner  # [labels] group of a component
 
     def run(self) -> tuple[Segment, ...]:
         found: list[Segment] = []

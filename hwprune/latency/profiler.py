@@ -348,11 +348,9 @@ class _Profiler:
     def segment_records(self, widths: Ints, times: Floats, common: dict[str, Any]) -> list[dict[str, Any]]:
         timed = [*enumerate(self.plan.segments)] if widths.all() else self.plan.rests(widths)
         return [
-            {
-                **{"kind": "segment", "signature": segment.signature, "sizes": _sizes(segment, widths)},
-                **common,
-                **_summary(times[:, index]),
-            }
+            {"kind": "segment", "signature": segment.signature, "sizes": _sizes(segment, widths)}
+            | common
+            | _summary(times[:, index])
             for index, segment in timed
             if times[:, index].any()
         ]

@@ -311,17 +311,17 @@ def _without_masked(weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | N
     """The picked weight with zeros where a channel is masked, whatever it holds there."""
     groups = weight.reshape(picks.groups, -1, *weight.shape[1:])
     if out_mask is not None:
-        outs = out_mask if picks.outs is None else out_mask.index_select(0, picks.outs)
-        groups = torch.where(outs.view(picks.groups, -1, 1, 1, 1) != 0, groups, 0)
+        outs = _select(out_mask, picks.outs).view(picks.groups, -1, 1, 1, 1)
+        groups = torch.where(outs != 0, groups, 0)
     if in_mask is not None:
-        ins = in_mask if picks.ins is None else in_mask.index_select(0, picks.ins)
-        groups = torch.where(ins.view(picks.groups, 1, -1, 1, 1) != 0, groups, 0)
+        ins = _select(in_mask, picks.ins).view(picks.groups, 1, -1, 1, 1)
+        groups = torch.where(ins != 0, groups, 0)
     return groups.flatten(0, 1)
 
 
 def _times_inputs(weight: Tensor, in_mask: Tensor, picks: _Picks) -> Tensor:
     """in_mask ⊙ the picked weight."""
-    factors = (in_mask if picks.ins is None else in_mask.index_select(0, picks.ins)).view(picks.groups, 1, -1, 1, 1)
+    factors = _select(in_mask, picks.ins).view(picks.groups, 1, -1, 1, 1)
     return _times(weight.reshape(picks.groups, -1, *weight.shape[1:]), factors).flatten(0, 1)
 
 
@@ -483,6 +483,11 @@ def _active(mask: Tensor | None) -> Tensor | None:
     return None if len(index) == len(mask) else index
 
 
+def _select(values: Tensor, index: Tensor | None) -> Tensor:
+    """Values in the listed channels; in all of them without a list."""
+    return values if index is None else values.index_select(0, index)
+
+
 def _times(weight: Tensor, factors: Tensor) -> Tensor:
     """weight ⊙ factors, which are often all 1: a weight may be larger than what it is multiplied with."""
     return weight if bool((factors == 1).all()) else weight * factors
@@ -506,9 +511,7 @@ def _affine(
 
 def _at(mask: Tensor | None, values: Tensor | None, index: Tensor | None) -> Tensor | None:
     """mask ⊙ values in the listed channels, 0 in masked ones; either may be absent, both: None."""
-    mask, values = (
-        given if given is None or index is None else given.index_select(0, index) for given in (mask, values)
-    )
+    mask, values = (None if given is None else _select(given, index) for given in (mask, values))
     if mask is None or values is None:
         return mask if values is None else values
     return torch.where(mask != 0, values * mask, 0)

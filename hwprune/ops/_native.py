@@ -47,6 +47,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def learning(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient may be asked for with respect to one of these."""
+    return torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)
+
+
 def recorded(*differentiable: torch.Tensor | None) -> bool:
     """Whether a call must go through torch's dispatcher: for a gradient, or for something that looks on.
 
@@ -55,9 +60,7 @@ def recorded(*differentiable: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-    return traced or (
-        torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in differentiable)
-    )
+    return traced or learning(*differentiable)
 
 
 def backends() -> dict[str, str | None]:

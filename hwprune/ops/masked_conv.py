@@ -100,10 +100,10 @@ def masked_conv2d(
     if columns is None and _is_plain(x, backend) and all(_masks_nothing(m, recorded) for m in (in_mask, out_mask)):
         return _plain(x, weight, scale, shift, residual, act, geometry)
     if not recorded:
-        return _forward(*tensors, columns, act, *geometry, False, allow_tf32, backend)[0]
+        return _forward(tensors, columns, act, geometry, False, allow_tf32, backend)[0]
     saved = act != "none" or scale is not None or out_mask is not None  # else no gradient needs the raw convolution
-    learning = torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)
-    y: Tensor = _conv(*tensors, columns, act, *geometry, saved and learning, allow_tf32, backend)[0]
+    save_raw = saved and _native.learning(*tensors)
+    y: Tensor = _conv(*tensors, columns, act, *geometry, save_raw, allow_tf32, backend)[0]
     return y
 
 
@@ -258,28 +258,18 @@ def _empty(shape: Sequence[int], x: Tensor, form: torch.memory_format) -> Tensor
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    in_mask: Tensor | None,
-    out_mask: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
+    tensors: Sequence[Tensor | None],  # x, weight, in_mask, out_mask, scale, shift, residual
     columns: Tensor | None,
     act: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     save_raw: bool,
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
-    geometry = stride, padding, dilation, groups
-    y, raw = functions.forward(
-        x, weight, in_mask, out_mask, scale, shift, residual, act, geometry, columns, save_raw, allow_tf32
-    )
+    x, weight = tensors[:2]
+    assert x is not None and weight is not None
+    functions = _backend("masked_conv2d", x, weight, geometry[3], columns, backend)
+    y, raw = functions.forward(*tensors, act, geometry, columns, save_raw, allow_tf32)
     form = layout(x)
     return y.contiguous(memory_format=form), None if raw is None else raw.contiguous(memory_format=form)
 
@@ -303,24 +293,9 @@ def _conv(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, raw = _forward(
-        x,
-        weight,
-        in_mask,
-        out_mask,
-        scale,
-        shift,
-        residual,
-        columns,
-        act,
-        stride,
-        padding,
-        dilation,
-        groups,
-        save_raw,
-        allow_tf32,
-        backend,
-    )
+    tensors = x, weight, in_mask, out_mask, scale, shift, residual
+    geometry = stride, padding, dilation, groups
+    y, raw = _forward(tensors, columns, act, geometry, save_raw, allow_tf32, backend)
     return y, _or_empty(raw, x)
 
 

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
+from hwprune.importance import LiveImportance
 from hwprune.ops.reference import group_sum
 from hwprune.search.base import Context, Method, expect_network, finite, mask_gradient
-from hwprune.search.dsa import LiveImportance
 
 _BETAS = (0.9, 0.99)  # Adam's
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
@@ -142,8 +142,10 @@ class DAIS(Method):
         self._zone = self._largest_step()
         self._settled_from = math.ceil((1 - self.settle) * context.steps)
         jitter = torch.rand(groups.total, generator=context.generator, device=device) + 0.5
-        scores = LiveImportance(context.model, groups, device, tie_break=0.5, spread=self.spread).now()
-        ordered = self.temperature[0] * scores.log() if self.spread else torch.zeros_like(scores)
+        ordered = torch.zeros(groups.total, device=device)
+        if self.spread:
+            live = LiveImportance(context.model, groups, device, tie_break=0.5, spread=self.spread)
+            ordered = self.temperature[0] * live.now().log()
         if not context.steps:
             ordered -= ordered.min()  # nothing will be decided, but the order stands
         self.alpha = self._bounded(self.init * jitter + ordered)  # [ΣC]

@@ -14,21 +14,18 @@ gradient is put on the scale of the cost gradient, so that one step size and one
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hwprune import ops
 from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
-from hwprune.graph import Groups
-from hwprune.importance import importance
+from hwprune.importance import LiveImportance
 from hwprune.search.base import Context, Method, expect_network, mask_gradient
 
-_SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
 _SQUARES_DECAY, _LEAST_DRAWS = 0.98, 5  # of the running squares behind Taylor scores, and how many they need
 _BETAS = (0.9, 0.99)  # Adam's; the size of the gradients changes with the pull of the budget
@@ -303,112 +300,3 @@ def _pull(controller: BudgetController, cost: float, step: int) -> float:
     """
     slope = controller.dual + controller.rho * controller.excess(cost, step)
     return slope * controller.dense / controller.target(step)
-
-
-class LiveImportance:
-    """The scores b [ΣC] from the weights as they are now, cheap enough for every step.
-
-    Every norm's |γ| is divided by its mean over the group, and a channel's score is the mean over the norms that scale
-    it, times a power of the weight norm. Groups without a norm are scored by the weight norm alone. The weight norm is
-    looked at again every ``refresh`` calls; γ at every call.
-    """
-
-    def __init__(
-        self, model: nn.Module, groups: Groups, device: torch.device, tie_break: float, spread: float, refresh: int = 50
-    ) -> None:
-        self._model, self._groups = model, groups
-        self._tie_break, self._spread, self._refresh = tie_break, spread, refresh
-        widths = torch.from_numpy(groups.widths).to(device)
-        self.owner = torch.repeat_interleave(widths)  # [ΣC] group of each channel
-        self._widths = widths.to(torch.float32)
-
-        scales: dict[str, int] = {}  # name of γ -> where it starts among all of them, laid end to end
-        index, channel, member = [], [], []
-        sizes: list[int] = []
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        base = 0
-        for name, positions, first in _scales(groups, parameters):
-            if name not in scales:
-                scales[name] = base
-                base += parameters[name].numel()
-            index.append(scales[name] + positions.ravel())
-            channel.append(np.repeat(first + np.arange(len(positions)), positions.shape[1]))
-            member.append(np.full(positions.size, len(sizes)))
-            sizes.append(positions.size)
-        self._parameters = [parameters[name] for name in scales]
-        joined = [np.concatenate([*part, np.empty(0, np.int64)]).astype(np.int64) for part in (index, channel, member)]
-        self._index, self._channel, self._member = (torch.from_numpy(part).to(device) for part in joined)  # [N] each
-        self._sizes = torch.tensor(sizes, device=device, dtype=torch.float32)
-        self._votes = torch.zeros(groups.total, device=device).index_add_(
-            0, self._channel, torch.ones(len(self._channel), device=device)
-        )
-        self._calls = 0
-        self._norms = torch.ones(groups.total, device=device)
-
-    @torch.no_grad()
-    def scales(self) -> Tensor:
-        """The mean normalised |γ| of every channel; 1 where no norm scales it. [ΣC]"""
-        if not self._parameters:
-            return torch.ones_like(self._votes)
-        entries = torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
-        entries = entries.float().abs()[self._index]  # [N]
-        mean = torch.zeros_like(self._sizes).index_add_(0, self._member, entries) / self._sizes
-        entries = entries / mean.clamp_min(_LEAST)[self._member]
-        total = torch.zeros_like(self._votes).index_add_(0, self._channel, entries)
-        return torch.where(self._votes > 0, total / self._votes.clamp_min(1), 1.0)
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        """Scores of this step, positive, with mean logarithm 0 in every group. [ΣC]"""
-        if self._calls % self._refresh == 0:
-            self._norms = self._weight_norms()
-        self._calls += 1
-        return self._combine(self._norms)
-
-    @torch.no_grad()
-    def now(self) -> Tensor:
-        """Scores with weight norms as they are now; leaves no trace. [ΣC]"""
-        return self._combine(self._weight_norms())
-
-    def _weight_norms(self) -> Tensor:
-        return importance(self._model, self._groups, "l2").clamp_min(_LEAST)
-
-    def _combine(self, norms: Tensor) -> Tensor:
-        exponent = torch.where(self._votes > 0, self._tie_break, 1.0)
-        return self.stretched(self.scales().clamp_min(_LEAST).log() + exponent * norms.log())
-
-    def stretched(self, logs: Tensor) -> Tensor:
-        """Scores from their logarithms [ΣC], centred in every group and given the least spread. [ΣC]"""
-        # Outliers are pulled in: a dead channel is as good as one whose score is a hundredth.
-        logs = (logs - self._mean(logs)).clamp(-5, 5)
-        logs = logs - self._mean(logs)
-        deviation = self._mean(logs.square()).sqrt()
-        return (logs * (self._spread / deviation.clamp_min(_LEAST)).clamp(1, 10)).exp()
-
-    def deviation(self) -> float:
-        """How much importances say: the standard deviation of log γ in the median group; infinite without any γ."""
-        if not self._parameters:
-            return math.inf
-        logs = self.scales().clamp_min(1e-6).log()
-        deviation = self._mean((logs - self._mean(logs)).square()).sqrt()  # [ΣC]
-        return float(deviation[self._votes > 0].median())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"calls": self._calls, "norms": self._norms.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._calls = state["calls"]
-        self._norms.copy_(state["norms"])
-
-    def _mean(self, flat: Tensor) -> Tensor:
-        """The mean over each channel's group. [ΣC]"""
-        return (torch.zeros_like(self._widths).index_add_(0, self.owner, flat) / self._widths)[self.owner]
-
-
-def _scales(groups: Groups, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray, int]]:
-    """The γ of norms: (parameter, positions [width, r], first channel of the group)."""
-    for group, first in zip(groups, groups.offsets[:-1].tolist(), strict=True):
-        for slot in group.slots:
-            shifts = slot.parameter.rpartition(".")[2] in _SHIFTS
-            if slot.role == "norm" and slot.parameter in parameters and not shifts:
-                yield slot.parameter, slot.positions, first

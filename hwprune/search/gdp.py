@@ -182,8 +182,7 @@ class GDP(Method):
         if self._absorbed:
             return
         context = self.context
-        self._end_blocks()
-        self._cost_hard = float(context.cost.price(self._counts()))
+        self._cost_hard = float(context.cost.price(self._end_blocks()))
         if step % self._interval == 0:
             self._set_price()
             if self._falls_from is None:
@@ -195,11 +194,17 @@ class GDP(Method):
         self._move(step)
         self._harden(step)
 
-    def _end_blocks(self) -> None:
-        """Where one group of a residual block has no gate left, the others inside it have none either."""
-        if self.removes_blocks:
-            ended = self.context.cost.ended(self._counts()) & (self.context.minimum == 0)  # [G]
-            self.x = torch.where(torch.from_numpy(ended).to(self.x.device)[self._owner], 0.0, self.x)
+    def _end_blocks(self) -> NDArray[np.int64]:
+        """Where one group of a residual block has no gate left, the others inside it have none either.
+
+        Returns the number of gates that are not 0 then. [G]
+        """
+        counts = self._counts()
+        ending = self.context.cost.ended(counts) & (self.context.minimum == 0) & (counts > 0)  # [G]
+        if ending.any():
+            self.x = torch.where(torch.from_numpy(ending).to(self.x.device)[self._owner], 0.0, self.x)
+            counts[ending] = 0
+        return counts
 
     def _set_price(self) -> None:
         """What a channel costs, at the widths of the gates that are not 0."""

@@ -33,10 +33,9 @@ from torch import Tensor
 from hwprune.allocator import Allocation, allocate
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups, Slot, keep_top
-from hwprune.importance import Kind, importance
+from hwprune.importance import Kind, LiveImportance, importance
 from hwprune.latency import CostModel
 from hwprune.search.base import Context, Method, bounds, expect_network, mask_gradient, worth
-from hwprune.search.dsa import LiveImportance
 
 Threshold = Literal["scaled", "shape", "raw"]
 
