@@ -243,6 +243,20 @@ def test_expensive_groups_are_pruned_more(pretrained):
     assert found[0][0] < found[1][0] and found[1][2] < found[0][2]
 
 
+def test_a_dear_group_is_narrowed_at_once_but_not_emptied(pretrained):
+    """Channels of one norm: with one price for all of a group, the dearest group went down to its last channel."""
+    model, run = start(pretrained, weights=(1.0, 30.0, 1.0), options={"columns": "off"})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    method, cost = run.method, run.context.cost
+    method._set_limits(0.5 * cost.dense)
+    rows, _ = method._norms()
+    left = method._counts(shrink(rows, method._row_limits, "hard") > 0).tolist()
+    assert left == [16, 8, 16]  # the next step of the staircase is beyond the budget
+    run.close()
+
+
 @pytest.mark.parametrize("effect", [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 def test_columns_are_pruned_only_where_they_were_measured_to_pay(pretrained, effect):
     model, run = start(pretrained, 0.6)

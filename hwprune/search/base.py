@@ -295,6 +295,24 @@ def expect_network(**counts: tuple[int, int]) -> None:
         )
 
 
+def best_first(values: Tensor, owner: Tensor) -> Tensor:
+    """Where the values of every group stand, one group after the other, each from its largest on. [ΣC] int64
+
+    values: [ΣC]; equal ones keep their order. owner: [ΣC], the group of each, never falling.
+    """
+    order = torch.argsort(values, descending=True, stable=True)
+    return order[torch.argsort(owner[order], stable=True)]
+
+
+def group_places(values: Tensor, owner: Tensor) -> Tensor:
+    """Place of each value in its group, 0 for the largest; the arguments of :func:`best_first`. [ΣC] int64"""
+    order = best_first(values, owner)
+    widths = torch.bincount(owner)
+    found = torch.empty_like(order)
+    found[order] = torch.arange(len(order), device=order.device) - (widths.cumsum(0) - widths)[owner]
+    return found
+
+
 def at_levels(groups: Groups, cost: CostModel, value: Tensor) -> list[NDArray[np.float64]]:
     """The worth of each level of each group, of the worths of all widths ``value`` [ΣC]; see :meth:`Method.values`."""
     flat = value.detach().double().cpu().numpy()

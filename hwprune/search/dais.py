@@ -37,7 +37,7 @@ from hwprune.errors import InvalidInput
 from hwprune.graph import keep_top
 from hwprune.importance import LiveImportance
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, expect_network, finite, mask_gradient
+from hwprune.search.base import Context, Method, expect_network, finite, group_places, mask_gradient
 
 _BETAS = (0.9, 0.99)  # Adam's
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
@@ -132,9 +132,6 @@ class DAIS(Method):
         groups, device = context.groups, context.device
         self._full = torch.from_numpy(groups.widths).to(device)  # [G]
         self._owner = torch.repeat_interleave(self._full)  # [ΣC] group of each channel
-        self._place = (
-            torch.arange(groups.total, device=device) - torch.from_numpy(groups.offsets[:-1]).to(device)[self._owner]
-        )  # [ΣC] within the group
         self._minimum, self._maximum = (
             torch.from_numpy(bound).to(device)[self._owner] for bound in (context.minimum, context.maximum)
         )  # [ΣC]
@@ -275,17 +272,10 @@ class DAIS(Method):
 
     def _bounded(self, alpha: Tensor) -> Tensor:
         """α with the best of every group on the side on which its least and greatest width put them. [ΣC]"""
-        order = self._best_first(alpha)
-        rank = torch.empty_like(order)
-        rank[order] = self._place
+        place = group_places(alpha, self._owner)
         side = _BESIDE * self.temperature[1]
-        alpha = torch.where(rank < self._minimum, alpha.clamp_min(side), alpha)
-        return torch.where(rank >= self._maximum, alpha.clamp_max(-side), alpha)
-
-    def _best_first(self, alpha: Tensor) -> Tensor:
-        """The channels of every group in turn, those of largest α first. [ΣC]"""
-        order = torch.argsort(alpha, descending=True, stable=True)
-        return order[torch.argsort(self._owner[order], stable=True)]
+        alpha = torch.where(place < self._minimum, alpha.clamp_min(side), alpha)
+        return torch.where(place >= self._maximum, alpha.clamp_max(-side), alpha)
 
     def _counts(self) -> np.ndarray:
         counts: np.ndarray = self.widths().cpu().numpy().astype(np.int64)

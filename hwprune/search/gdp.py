@@ -53,7 +53,7 @@ from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.latency import CostModel
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, bounds, expect_network, mask_gradient, worth
+from hwprune.search.base import Context, Method, bounds, expect_network, group_places, mask_gradient, worth
 
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
 _SCORE_DECAY = 0.95  # of the running usefulness of a channel
@@ -133,8 +133,6 @@ class GDP(Method):
         groups, device = context.groups, context.device
         self._full = torch.from_numpy(groups.widths).to(device)  # [G]
         self._owner = torch.repeat_interleave(self._full)  # [ΣC] group of each channel
-        first = torch.from_numpy(groups.offsets[:-1]).to(device)
-        self._place = torch.arange(groups.total, device=device) - first[self._owner]  # [ΣC] within the group
         self._minimum, self._maximum = (
             torch.from_numpy(bound).to(device)[self._owner] for bound in (context.minimum, context.maximum)
         )  # [ΣC]
@@ -269,12 +267,9 @@ class GDP(Method):
 
     def _bounded(self, x: Tensor) -> Tensor:
         """x with as many of every group away from 0, or at 0, as its least and greatest width ask for. [ΣC]"""
-        order = torch.argsort(x, descending=True, stable=True)
-        order = order[torch.argsort(self._owner[order], stable=True)]  # by group, largest first
-        rank = torch.empty_like(order)
-        rank[order] = self._place
-        x = torch.where(rank < self._minimum, x.clamp_min(self._nearest_zero()), x)
-        return torch.where(rank >= self._maximum, 0.0, x)
+        place = group_places(x, self._owner)
+        x = torch.where(place < self._minimum, x.clamp_min(self._nearest_zero()), x)
+        return torch.where(place >= self._maximum, 0.0, x)
 
     def _nearest_zero(self) -> float:
         """x where g is ``least``."""

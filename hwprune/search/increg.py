@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, expect_network, shares
+from hwprune.search.base import Context, Method, best_first, expect_network, group_places, shares
 
 _TO_FINISH = 9  # times ceiling / A that a group's quota takes with frozen ranks: 5 to 9, by simulation
 _DEAREST = 4.0  # bounds of the price of a group's channels beside the mean one, when it scales A
@@ -230,12 +230,7 @@ class IncReg(Method):
 
     def _rank(self, values: Tensor) -> Tensor:
         """Place of each value in its group, ascending from 0. [ΣC] float32"""
-        order = torch.argsort(values, stable=True)
-        order = order[torch.argsort(self._owner[order], stable=True)]
-        ranks = torch.empty_like(values, dtype=torch.float32)
-        places = torch.arange(len(order), device=order.device) - self._first[self._owner]
-        ranks[order] = places.to(ranks)
-        return ranks
+        return group_places(-values, self._owner).float()
 
     def _count(self, flags: Tensor) -> Tensor:
         """How many channels of each group are flagged. [G] int64"""
@@ -384,8 +379,7 @@ def mass_worth(scores: Tensor, whole: Tensor, owner: Tensor, first: Tensor) -> T
     scores: [ΣC], 0 or more. whole: [G], the score of all channels. owner: [ΣC] group of each. first: [G] where each
     group begins. A group without any score is worth its width: nothing tells its channels apart.
     """
-    order = torch.argsort(scores, descending=True, stable=True)
-    order = order[torch.argsort(owner[order], stable=True)]
+    order = best_first(scores, owner)
     held = scores.double()[order].cumsum(0)
     before = torch.cat([held.new_zeros(1), held])[first]  # [G]
     count = torch.arange(1, len(owner) + 1, device=owner.device) - first[owner]
