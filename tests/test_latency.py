@@ -376,6 +376,20 @@ def test_the_calibration_recovers_scale_and_overhead_and_never_a_negative_one(pr
             assert scale == pytest.approx(1.2e-3, rel=1e-2) and residual < 1e-2
 
 
+def test_the_calibration_believes_clocked_forwards_about_what_medians_lose(program, profiled):
+    """The sums at both ends are raised by as much as whole forwards exceed the sums of their segments' medians."""
+    table = LatencyTable.read(profiled[1])
+    bare = replace(profiled[0], scale=1e-3, offset=0.0)
+    rows = [r for r in table.records if r["kind"] == "whole" and r["role"] == "fit"]
+    totals = bare.predict(np.array([r["widths"] for r in rows]))
+    table.records = [
+        {**r, "role": "fit" if i % 4 else "calibration", "reference_us": 100.0, "median_us": 1e3 * 1.1 * ms}
+        for i, (r, ms) in enumerate(zip(rows, totals, strict=True))
+    ]
+    scale, offset, residual = calibrate(bare, Plan.of(program), table)
+    assert scale == pytest.approx(1.1e-3, rel=1e-6) and offset < 1e-6 and residual < 1e-3
+
+
 def test_what_is_left_of_a_removed_block_is_measured_and_costs_less_than_its_last_channel(program, profiled):
     base, path = profiled
     plan, table = Plan.of(program), LatencyTable.read(path)

@@ -653,19 +653,29 @@ def calibrate(model: CostModel, plan: Plan, table: LatencyTable) -> tuple[float,
     """(scale, offset, residual) of ms = scale · Σ terms + offset, fitted to forwards the tables have not seen.
 
     Relative errors, outliers and slow spells doubted. Samples in context add up to the whole by construction, so their
-    sums at the dense and the least widths stand as one observation each: few or disturbed forwards tilt no line.
-    residual: robust relative standard deviation left.
+    sums at the dense and the least widths stand as one observation each: few or disturbed forwards tilt no line. What
+    is added up are medians, which lie below the median of the sums where times are skewed; clocked forwards tell by how
+    much. residual: robust relative standard deviation left.
     """
     quiet = quiet_levels_us(table)[plan.key]
-    wholes = [r for r in table.of_program(plan.key) if r["role"] == "calibration"]
-    wholes = wholes or [r for r in table.of_program(plan.key) if r["role"] == "fit"]
-    drift = np.array([r["reference_us"] for r in wholes]) / quiet
-    measured = np.array([r["median_us"] for r in wholes]) / drift / 1e3
-    sums = model.predict(np.array([r["widths"] for r in wholes], dtype=np.int64)) / model.scale
-    doubt = np.array([_doubt(d) for d in drift])
-    if any(r.get("sampling") == "context" for r in table.of_program(plan.key)):
+    records = table.of_program(plan.key)
+
+    def observed(role: str) -> tuple[Floats, Floats, Floats]:
+        """Sums [N] in the terms' unit, measured ms [N] and doubt [N] of the forwards of a role."""
+        wholes = [r for r in records if r["role"] == role]
+        drift = np.array([r["reference_us"] for r in wholes]) / quiet
+        widths = np.array([r["widths"] for r in wholes], dtype=np.int64).reshape(-1, len(model.full))
+        sums = model.predict(widths) / model.scale
+        return sums, np.array([r["median_us"] for r in wholes]) / drift / 1e3, np.array([_doubt(d) for d in drift])
+
+    role = "calibration" if any(r["role"] == "calibration" for r in records) else "fit"
+    sums, measured, doubt = observed(role)
+    if any(r.get("sampling") == "context" for r in records):
+        clocked_sums, clocked, _ = observed("fit")
         ends = model.predict(np.stack([model.full, model.least])) / model.scale
-        sums, measured, doubt = np.append(sums, ends), np.append(measured, ends / 1e3), np.append(doubt, [1.0, 1.0])
+        whole_per_sum = np.median(clocked / clocked_sums) if len(clocked) else 1e-3
+        sums, doubt = np.append(sums, ends), np.append(doubt, [1.0, 1.0])
+        measured = np.append(measured, ends * whole_per_sum)
     weight = 1.0 / doubt
     for _ in range(4):
         design = np.stack([sums / measured, 1.0 / measured], axis=1) * weight[:, None]
