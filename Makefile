@@ -55,7 +55,7 @@ sanitize:
 	mkdir -p build
 	set -e; for kind in address,undefined thread; do \
 		$${CXX:-c++} -std=c++17 -g -O1 -fopenmp-simd -fsanitize=$$kind -fno-sanitize-recover=all \
-			-Icsrc -Icsrc/include $(SANITIZED) -pthread -o build/sanitize-$$kind; \
+			-Icsrc -Icsrc/include $(SANITIZED) -pthread -ldl -o build/sanitize-$$kind; \
 		build/sanitize-$$kind; \
 	done
 

@@ -35,7 +35,7 @@ def cuda_home():
 
 
 def extensions():
-    yield Extension("hwprune._cpp", sorted(glob("csrc/cpu/*.cpp")), libraries=["pthread"])
+    yield Extension("hwprune._cpp", sorted(glob("csrc/cpu/*.cpp")), libraries=["dl", "pthread"])
     want, home = os.environ.get("HWPRUNE_CUDA", "auto"), cuda_home()
     if want not in ("0", "1", "auto"):
         raise SystemExit(f"HWPRUNE_CUDA={want} is not one of 0, 1, auto.")

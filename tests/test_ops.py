@@ -1,6 +1,9 @@
 """The operators against float64, independent formulas and finite differences, in every backend that is built."""
 
 import math
+import os
+import sys
+import threading
 
 import pytest
 import torch
@@ -217,6 +220,41 @@ def test_ratio_operators_obey_the_rules_of_torch_library(backend):
     torch.library.opcheck(torch.ops.hwprune.ratio_forward, (theta, importance, offsets, 2.0, uniforms, backend))
     arguments = (*step_arguments([3, 8]), 1, 0.1, 0.9, 0.999, 1e-8, 1e-4, backend)
     torch.library.opcheck(torch.ops.hwprune.ratio_step, arguments)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_share_the_groups_without_a_trace(threads):
+    """Every group is one thread's, so not a bit depends on their number."""
+    widths, found = [1, 60_000, 3, 90_000, 9, 50_000], []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        outputs = forward((widths, 5.0, 0, False), "cpp")
+        arguments = step_arguments(widths)
+        found.append([*outputs, ops.ratio_step(*arguments, step=1, lr=0.1, backend="cpp"), arguments[0]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_native_loops_run_on_the_threads_that_torch_has():
+    """Threads of their own would wait for a core while torch's still spin on it."""
+    torch.set_num_threads(2)
+    torch.mm(torch.randn(512, 512), torch.randn(512, 512))  # has them started
+    seen, done = set(), threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.add(len(os.listdir("/proc/self/task")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    while not seen:
+        pass
+    before = max(seen)
+    for _ in range(50):
+        forward(([60_000] * 4, 5.0, 0, False), "cpp")
+    done.set()
+    watcher.join()
+    assert max(seen) == before
 
 
 def test_ratio_operators_compile_into_one_graph():

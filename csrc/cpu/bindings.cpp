@@ -30,7 +30,7 @@ void ratio_forward(Address theta, Address importance, Address offsets, Address u
 
 void ratio_step(Address grad_mask, Address probability, Address offsets, Address cost_grad, Address theta,
                 Address exp_avg, Address exp_avg_sq, Address ratio_grad, int64_t groups, double multiplier, double cut,
-                double lr, double beta1, double beta2, double eps, int64_t step) {
+                double lr, double beta1, double beta2, double eps, int64_t step, int64_t threads) {
   hwprune::ratio_step({pointer<const float>(grad_mask),
                        pointer<const float>(probability),
                        pointer<const int64_t>(offsets),
@@ -42,19 +42,20 @@ void ratio_step(Address grad_mask, Address probability, Address offsets, Address
                        groups,
                        multiplier,
                        cut,
-                       {lr, beta1, beta2, eps, step}});
+                       {lr, beta1, beta2, eps, step},
+                       threads});
 }
 
 void ratio_step_priced(Address grad_mask, Address probability, Address offsets,
                        const std::array<std::uintptr_t, 11>& tables, const std::array<int64_t, 5>& sizes, Address theta,
                        Address exp_avg, Address exp_avg_sq, Address ratio_grad, Address cost, Address cost_grad,
                        int64_t groups, double multiplier, double penalty, double cut, double lr, double beta1,
-                       double beta2, double eps, int64_t step) {
+                       double beta2, double eps, int64_t step, int64_t threads) {
   float* total = pointer<float>(cost);
   hwprune::table_cost(hwprune::cost_tables(tables, sizes), pointer<const float>(theta), groups, total,
                       pointer<float>(cost_grad));
   ratio_step(grad_mask, probability, offsets, cost_grad, theta, exp_avg, exp_avg_sq, ratio_grad, groups,
-             multiplier + penalty * *total, cut, lr, beta1, beta2, eps, step);
+             multiplier + penalty * *total, cut, lr, beta1, beta2, eps, step, threads);
 }
 
 }  // namespace
@@ -69,10 +70,10 @@ PYBIND11_MODULE(_cpp, module) {
   module.def("ratio_step", &ratio_step, py::arg("grad_mask"), py::arg("probability"), py::arg("offsets"),
              py::arg("cost_grad"), py::arg("theta"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("ratio_grad"),
              py::arg("groups"), py::arg("multiplier"), py::arg("cut"), py::arg("lr"), py::arg("beta1"),
-             py::arg("beta2"), py::arg("eps"), py::arg("step"), release());
+             py::arg("beta2"), py::arg("eps"), py::arg("step"), py::arg("threads"), release());
   module.def("ratio_step_priced", &ratio_step_priced, py::arg("grad_mask"), py::arg("probability"), py::arg("offsets"),
              py::arg("tables"), py::arg("sizes"), py::arg("theta"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
              py::arg("ratio_grad"), py::arg("cost"), py::arg("cost_grad"), py::arg("groups"), py::arg("multiplier"),
              py::arg("penalty"), py::arg("cut"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-             py::arg("step"), release());
+             py::arg("step"), py::arg("threads"), release());
 }

@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 // The loader picks the widest clone of a function that the processor runs. Sanitizers do not survive the indirect
 // functions that this needs.
@@ -17,18 +15,16 @@
 
 namespace hwprune {
 
-// Calls body(thread, begin, end) on parts of 0 .. count, at most `threads` of them and each of `grain` items or more.
-// Threads are started anew: against parts that are worth one, their start of some ten microseconds is little, and no
-// pool has to survive a fork.
+// Calls body(context, part) for every part in 0 .. parts, on torch's own threads where the process has them.
+void run_parts(int64_t parts, void (*body)(const void*, int64_t), const void* context);
+
+// Calls body(part, begin, end) on parts of 0 .. count, at most `threads` of them and each of `grain` items or more.
 template <typename Body>
 void parallel(int64_t count, int64_t grain, int64_t threads, const Body& body) {
   const int64_t parts = std::max<int64_t>(1, std::min(threads, count / std::max<int64_t>(1, grain)));
-  std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(parts - 1));
-  for (int64_t part = 1; part < parts; ++part)
-    others.emplace_back(body, part, count * part / parts, count * (part + 1) / parts);
-  body(int64_t{0}, int64_t{0}, count / parts);
-  for (std::thread& other : others) other.join();
+  const auto run = [&](int64_t part) { body(part, count * part / parts, count * (part + 1) / parts); };
+  if (parts == 1) return run(0);
+  run_parts(parts, [](const void* context, int64_t part) { (*static_cast<decltype(&run)>(context))(part); }, &run);
 }
 
 }  // namespace hwprune

@@ -167,8 +167,8 @@ HWPRUNE_CLONES Near near_threshold(const float* probability, const float* grad_m
   return {weighted, total};
 }
 
-// A thread has to be given this many to be worth its start.
-constexpr int64_t kChannelsPerThread = 32768;
+// Channels that are worth another thread: some ten microseconds of work.
+constexpr int64_t kForwardGrain = 1 << 12, kStepGrain = 1 << 15;
 
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
@@ -203,21 +203,11 @@ void forward_groups(const RatioForward& args, int64_t begin, int64_t end) {
   for (int64_t g = begin; g < end; ++g) forward_group(args, g, scaled.data(), drawn.data());
 }
 
-}  // namespace
-
-void ratio_forward(const RatioForward& args) {
-  if (args.groups == 0) return;
-  const int64_t *first = args.offsets, *last = args.offsets + args.groups;
-  parallel(*last, kChannelsPerThread, args.threads, [&](int64_t, int64_t begin, int64_t end) {
-    forward_groups(args, std::lower_bound(first, last, begin) - first, std::lower_bound(first, last, end) - first);
-  });
-}
-
-void ratio_step(const RatioStep& args) {
+void step_groups(const RatioStep& args, int64_t begin, int64_t end) {
   const Adam& adam = args.adam;
   const double correction1 = 1.0 - std::pow(adam.beta1, static_cast<double>(adam.step));
   const double correction2 = 1.0 - std::pow(adam.beta2, static_cast<double>(adam.step));
-  for (int64_t g = 0; g < args.groups; ++g) {
+  for (int64_t g = begin; g < end; ++g) {
     const int64_t start = args.offsets[g], channels = args.offsets[g + 1] - start;
     const Near near =
         near_threshold(args.probability + start, args.grad_mask + start, channels, static_cast<float>(args.cut));
@@ -233,6 +223,27 @@ void ratio_step(const RatioStep& args) {
     args.exp_avg_sq[g] = static_cast<float>(square);
     args.ratio_grad[g] = static_cast<float>(ratio_grad);
   }
+}
+
+// Calls body(begin, end) on ranges of groups that hold about as many channels each.
+template <typename Body>
+void parallel_groups(const int64_t* offsets, int64_t groups, int64_t grain, int64_t threads, const Body& body) {
+  const int64_t* last = offsets + groups;
+  const auto group_at = [=](int64_t channel) { return std::lower_bound(offsets, last, channel) - offsets; };
+  if (groups == 0) return;
+  parallel(*last, grain, threads, [&](int64_t, int64_t begin, int64_t end) { body(group_at(begin), group_at(end)); });
+}
+
+}  // namespace
+
+void ratio_forward(const RatioForward& args) {
+  parallel_groups(args.offsets, args.groups, kForwardGrain, args.threads,
+                  [&](int64_t begin, int64_t end) { forward_groups(args, begin, end); });
+}
+
+void ratio_step(const RatioStep& args) {
+  parallel_groups(args.offsets, args.groups, kStepGrain, args.threads,
+                  [&](int64_t begin, int64_t end) { step_groups(args, begin, end); });
 }
 
 void table_cost(const CostTables& tables, const float* theta, int64_t groups, float* cost, float* cost_grad) {

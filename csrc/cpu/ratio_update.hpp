@@ -44,6 +44,7 @@ struct RatioStep {
   double multiplier;
   double cut;
   Adam adam;
+  int64_t threads;  // at most
 };
 void ratio_step(const RatioStep& args);
 

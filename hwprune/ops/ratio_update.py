@@ -374,7 +374,7 @@ def _run_step(
         return ratio_grad
     call = *(tensor.data_ptr() for tensor in (*inputs, *state, ratio_grad)), len(theta), *scalars
     if chosen == "cpp":
-        _native.module("cpp").ratio_step(*call)
+        _native.module("cpp").ratio_step(*call, torch.get_num_threads())
     else:
         with torch.cuda.device(theta.device):
             _native.module("cuda").ratio_step(*call, torch.cuda.current_stream().cuda_stream)
@@ -445,7 +445,8 @@ def _run_step_priced(
     addresses = [tensor.data_ptr() for tensor in (*state, *outputs)]
     fixed = *(tensor.data_ptr() for tensor in inputs), [tensor.data_ptr() for tensor in tables], sizes
     if chosen == "cpp":
-        _native.module("cpp").ratio_step_priced(*fixed, *addresses, len(theta), *scalars)
+        native = _native.module("cpp")
+        native.ratio_step_priced(*fixed, *addresses, len(theta), *scalars, torch.get_num_threads())
     else:
         before = theta.clone()  # every block reads all ratios, and no block waits for another
         with torch.cuda.device(theta.device):

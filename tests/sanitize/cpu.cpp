@@ -144,7 +144,7 @@ void columns(bool last) {
 
 void ratios() {
   Indices offsets{0};
-  for (int64_t g = 0; g < 40; ++g) offsets.push_back(offsets.back() + 1 + 37 * g);
+  for (int64_t g = 0; g < 40; ++g) offsets.push_back(offsets.back() + 1 + 137 * g);
   const auto groups = static_cast<int64_t>(offsets.size()) - 1;
   const int64_t total = offsets.back();
   const Floats theta = random_floats(groups, -3.0f, 3.0f), importance = random_floats(total, 0.0f, 2.0f);
@@ -189,7 +189,7 @@ void ratios() {
                                    2,
                                    groups,
                                    1};
-  check("table_cost, ratio_step", [&](int64_t) {
+  check("table_cost, ratio_step", [&](int64_t threads) {
     Floats cost(1), cost_grad(theta.size()), moved = theta, first(theta.size()), second(theta.size()),
                                              grad(theta.size());
     hwprune::table_cost(tables, theta.data(), groups, cost.data(), cost_grad.data());
@@ -204,7 +204,8 @@ void ratios() {
                          groups,
                          0.5,
                          1e-4,
-                         {0.1, 0.9, 0.99, 1e-8, 1}});
+                         {0.1, 0.9, 0.99, 1e-8, 1},
+                         threads});
     return joined({&cost, &cost_grad, &moved, &grad});
   });
 }
