@@ -1,6 +1,6 @@
 """Draw what the benchmarks measured. Reads `results/*.json`, measures nothing.
 
-    python benchmarks/plot.py
+python benchmarks/plot.py
 """
 
 import json

@@ -486,7 +486,8 @@ void channel_sums(const float* x, const Batch& batch, float* sums, float* square
   });
 }
 
-void pick_part(const float* matrix, const Part& args, float* part) {
+void pick_part(const float* matrix, const Part& args, const float* row_factor, const float* column_factor,
+               float* part) {
   const int64_t count = args.column_count, per_group = args.row_count / std::max<int64_t>(1, args.groups);
   // Rows are read from left to right, which the memory likes, and put into the order asked for afterwards.
   bool ordered = true;
@@ -510,15 +511,16 @@ void pick_part(const float* matrix, const Part& args, float* part) {
              for (int64_t r = begin; r < end; ++r) {
                const float* from = matrix + (args.rows ? args.rows[r] : r) * args.width;
                float* to = part + r * count;
+               const int64_t first = r / per_group * count;  // of the group's columns
                if (!args.columns) {
                  copy(from, count, 1.0f, to);
-                 continue;
+               } else {
+                 pickers[static_cast<size_t>(r / per_group)].pick(from, ordered ? to : picked.data());
+                 const int32_t* place = places.data() + (ordered ? 0 : first);
+                 for (int64_t j = 0; !ordered && j < count; ++j) to[j] = picked[static_cast<size_t>(place[j])];
                }
-               const auto group = static_cast<size_t>(r / per_group);
-               pickers[group].pick(from, ordered ? to : picked.data());
-               if (ordered) continue;
-               const int32_t* place = places.data() + group * static_cast<size_t>(count);
-               for (int64_t j = 0; j < count; ++j) to[j] = picked[static_cast<size_t>(place[j])];
+               if (row_factor) scaled(to, count, row_factor[r], to);
+               if (column_factor) multiply(to, column_factor + first, count, to);
              }
            });
 }

@@ -56,8 +56,9 @@ struct Part {
   int64_t column_count, groups;
   int64_t threads;
 };
-// part [row_count, column_count]
-void pick_part(const float* matrix, const Part& args, float* part);
+// part [row_count, column_count], times row_factor [row_count] and column_factor [groups, column_count], which may be
+// null.
+void pick_part(const float* matrix, const Part& args, const float* row_factor, const float* column_factor, float* part);
 // The reverse, into a matrix of `height` rows: zero elsewhere. Rows increase.
 void spread_part(const float* part, int64_t height, const Part& args, float* matrix);
 

@@ -58,8 +58,9 @@ hwprune::Part make_part(int64_t width, Address rows, int64_t row_count, Address 
           threads};
 }
 
-void pick_part(Address matrix, const hwprune::Part& args, Address part) {
-  hwprune::pick_part(pointer<const float>(matrix), args, pointer<float>(part));
+void pick_part(Address matrix, const hwprune::Part& args, Address row_factor, Address column_factor, Address part) {
+  hwprune::pick_part(pointer<const float>(matrix), args, pointer<const float>(row_factor),
+                     pointer<const float>(column_factor), pointer<float>(part));
 }
 
 void spread_part(Address part, int64_t height, const hwprune::Part& args, Address matrix) {
@@ -126,7 +127,8 @@ void bind_masked_conv(py::module_& module) {
              release());
   module.def("channel_sums", &channel_sums, py::arg("x"), py::arg("batch"), py::arg("sums"), py::arg("squares"),
              release());
-  module.def("pick_part", &pick_part, py::arg("matrix"), py::arg("args"), py::arg("part"), release());
+  module.def("pick_part", &pick_part, py::arg("matrix"), py::arg("args"), py::arg("row_factor"),
+             py::arg("column_factor"), py::arg("part"), release());
   module.def("spread_part", &spread_part, py::arg("part"), py::arg("height"), py::arg("args"), py::arg("matrix"),
              release());
   module.def("pack_columns", &pack_columns, py::arg("x"), py::arg("images"), py::arg("args"), py::arg("packed"),

@@ -262,14 +262,10 @@ def _convolve(
     if 0 in (*shape, *x.shape, width):
         y = torch.empty(shape, memory_format=form)
         return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
-    small = _listed(weight, outs, columns) if columns is not None else _picked_weight(weight, in_mask, out_mask, picks)
-    if in_mask is not None:
-        small = _times_inputs(small, in_mask, picks)
-    if a is not None:
-        small = _times(small, a.view(-1, *[1] * (small.dim() - 1)))
     x = x.contiguous(memory_format=form)
     if columns is not None:
-        return _columns_forward(x, small, b, weight.shape, geometry, columns, form)
+        return _columns_forward(x, _listed(weight, outs, columns, a), b, weight.shape, geometry, columns, form)
+    small = _folded_weight(weight, in_mask, out_mask, picks, a)
     x = _gather_inputs(x, in_mask, picks, form)
     return F.conv2d(x, small, b, stride, padding, dilation, picks.groups).contiguous(memory_format=form)
 
@@ -282,18 +278,37 @@ def _gather_inputs(x: Tensor, in_mask: Tensor | None, picks: _Picks, form: torch
     return _gather(x, index, (in_mask.index_select(0, index) != 0).float(), form)
 
 
+def _folded_weight(
+    weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, picks: _Picks, a: Tensor | None
+) -> Tensor:
+    """a ⊙ weight ⊙ in_mask between the picked channels, in one pass where some are left out. [len(outs), n, kH, kW]"""
+    if not picks.filled and (picks.ins is not None or picks.outs is not None):
+        return _part_of_weight(weight, picks, a, in_mask)
+    small = _picked_weight(weight, in_mask, out_mask, picks)
+    if in_mask is not None:
+        small = _times_inputs(small, in_mask, picks)
+    return small if a is None else _times(small, a.view(-1, 1, 1, 1))
+
+
 def _picked_weight(weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, picks: _Picks) -> Tensor:
     """The weight between the picked channels, zeros where one of them is masked. [len(outs), n, kH, kW]"""
-    small = weight
-    if picks.ins is not None or picks.outs is not None:
-        matrix, last = _flat(weight)
-        part = _pick_part(matrix, picks.outs, _offsets(picks, weight.shape, last), picks.groups)
-        height, width = weight.shape[2:]
-        if last:
-            small = part.view(len(part), height, width, -1).permute(0, 3, 1, 2)
-        else:
-            small = part.view(len(part), -1, height, width)
+    some = picks.ins is not None or picks.outs is not None
+    small = _part_of_weight(weight, picks, None, None) if some else weight
     return _without_masked(small, in_mask, out_mask, picks) if picks.filled else small
+
+
+def _part_of_weight(weight: Tensor, picks: _Picks, a: Tensor | None, in_mask: Tensor | None) -> Tensor:
+    """a ⊙ weight ⊙ in_mask in the picked channels, none of which is masked. [len(outs), n, kH, kW]"""
+    matrix, last = _flat(weight)
+    height, width = weight.shape[2:]
+    factors = None
+    if in_mask is not None:
+        per_input = _select(in_mask, picks.ins).view(picks.groups, -1)
+        factors = per_input.repeat(1, height * width) if last else per_input.repeat_interleave(height * width, dim=1)
+    part = _pick_part(matrix, picks.outs, _offsets(picks, weight.shape, last), picks.groups, a, factors)
+    if last:
+        return part.view(len(part), height, width, -1).permute(0, 3, 1, 2)
+    return part.view(len(part), -1, height, width)
 
 
 def _offsets(picks: _Picks, weight_shape: Sequence[int], last: bool) -> Tensor | None:
@@ -386,10 +401,10 @@ def _columns_backward_input(
     return grad_x
 
 
-def _listed(weight: Tensor, outs: Tensor | None, columns: Tensor) -> Tensor:
-    """The listed columns of the rows `outs`. [len(outs), K]"""
+def _listed(weight: Tensor, outs: Tensor | None, columns: Tensor, a: Tensor | None = None) -> Tensor:
+    """The listed columns of the rows `outs`, times a [len(outs)]. [len(outs), K]"""
     matrix, last = _flat(weight)
-    return _pick_part(matrix, outs, _column_offsets(columns, weight.shape, last), 1)
+    return _pick_part(matrix, outs, _column_offsets(columns, weight.shape, last), 1, a)
 
 
 def _column_offsets(columns: Tensor, weight_shape: Sequence[int], last: bool) -> Tensor:
@@ -409,14 +424,22 @@ def _part_args(width: int, rows: Tensor | None, columns: Tensor | None, shape: S
     return _native.module("cpp").Part(width, *arguments)
 
 
-def _pick_part(matrix: Tensor, rows: Tensor | None, columns: Tensor | None, groups: int) -> Tensor:
-    """The listed rows and, of those of each group, the columns listed for it."""
+def _pick_part(
+    matrix: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    groups: int,
+    row_factors: Tensor | None = None,  # one per row of the part
+    column_factors: Tensor | None = None,  # [groups, columns of the part]
+) -> Tensor:
+    """The listed rows and, of those of each group, the columns listed for it, times what is given for each."""
     height, width = matrix.shape
     part = matrix.new_empty(
         height if rows is None else len(rows), width if columns is None else columns.numel() // groups
     )
     args = _part_args(width, rows, columns, part.shape, groups)
-    _native.module("cpp").pick_part(matrix.data_ptr(), args, part.data_ptr())
+    factors = [None if given is None else given.contiguous() for given in (row_factors, column_factors)]
+    _native.module("cpp").pick_part(matrix.data_ptr(), args, *map(_address, factors), part.data_ptr())
     return part
 
 

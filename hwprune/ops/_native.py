@@ -1,7 +1,7 @@
 """The one module that imports the native extensions and Triton, and the choice between backends."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -74,10 +74,16 @@ def backends() -> dict[str, str | None]:
     }
 
 
-def choose(op: str, requested: str, refusals: Mapping[str, str | None], preference: tuple[str, ...]) -> str:
+def choose(
+    op: str,
+    requested: str,
+    backends: Collection[str],
+    refusal: Callable[[str], str | None],
+    preference: tuple[str, ...],
+) -> str:
     """The backend that runs `op`.
 
-    `refusals` holds the op's backends, each with the reason why it cannot take the tensors at hand, or None. "auto"
+    `backends` are those of the op, `refusal` says of one why it cannot take the tensors at hand, or None. "auto"
     yields to the environment variable HWPRUNE_BACKEND where that is set, and else takes the first of `preference`
     that does not refuse. Raises InvalidInput for an unknown name and BackendUnavailable, with the cause, where the
     backend asked for refuses.
@@ -86,11 +92,11 @@ def choose(op: str, requested: str, refusals: Mapping[str, str | None], preferen
     if requested == "auto" and os.environ.get("HWPRUNE_BACKEND", "auto") != "auto":
         wanted, source = os.environ["HWPRUNE_BACKEND"], "HWPRUNE_BACKEND"
     if wanted == "auto":
-        return next(name for name in preference if refusals[name] is None)
+        return next(name for name in preference if refusal(name) is None)
     if wanted not in BACKENDS:
         raise InvalidInput(f"{source}={wanted!r} is not a backend; there are auto, {', '.join(BACKENDS)}")
-    if wanted not in refusals:
-        raise BackendUnavailable(f"{op} has no {wanted} backend; it has {', '.join(refusals)}: unset {source}")
-    if (refusal := refusals[wanted]) is not None:
-        raise BackendUnavailable(f"{source}={wanted} cannot run {op}: {refusal}")
+    if wanted not in backends:
+        raise BackendUnavailable(f"{op} has no {wanted} backend; it has {', '.join(backends)}: unset {source}")
+    if (cause := refusal(wanted)) is not None:
+        raise BackendUnavailable(f"{source}={wanted} cannot run {op}: {cause}")
     return wanted

@@ -223,19 +223,21 @@ def _plain(
 
 def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None, requested: str) -> Any:
     """The module of functions that runs the convolution `op` on these tensors."""
-    refusals = {name: _refusal(name, x, weight, groups, columns) for name in _MODULES}
     preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
     if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS[groups > 1]:
         preference = ("reference",)
-    return import_module(_MODULES[_native.choose(op, requested, refusals, preference)])
+    chosen = _native.choose(
+        op, requested, _MODULES, lambda name: _refusal(name, x, weight, groups, columns), preference
+    )
+    return import_module(_MODULES[chosen])
 
 
 def _pointwise_backend(op: str, x: Tensor, requested: str) -> Any:
     """The module of functions that runs what follows a convolution, `op`, on its result."""
     weight = x.new_empty(x.shape[1], 1, 1, 1)  # backends ask for one
-    refusals = {name: _refusal(name, x, weight, 1, None) for name in _MODULES}
     preference = _PREFERENCE.get(x.device.type, ("reference",))
-    return import_module(_MODULES[_native.choose(op, requested, refusals, preference)])
+    chosen = _native.choose(op, requested, _MODULES, lambda name: _refusal(name, x, weight, 1, None), preference)
+    return import_module(_MODULES[chosen])
 
 
 def _refusal(backend: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:

@@ -238,23 +238,25 @@ def _check_offsets(offsets: Tensor, channels: int) -> None:
         raise InvalidInput(f"offsets must increase strictly from 0 to {channels}, the number of channels")
 
 
-def _refusals(theta: Tensor, updated: Sequence[Tensor] = ()) -> dict[str, str | None]:
-    """The backends, each with the reason why it cannot run on theta's device and dtype, or update these in place."""
-    refusals: dict[str, str | None] = {"reference": None}
-    for backend, device in (("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
-        anywhere = backend == "triton" and _native.interpreted()
+_DEVICES = {"reference": None, "cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def _choose(op: str, backend: str, theta: Tensor, updated: Sequence[Tensor] = ()) -> str:
+    """The backend that runs `op` on theta's device and dtype, and updates these in place."""
+
+    def refusal(name: str) -> str | None:
+        device = _DEVICES[name]
+        if device is None:
+            return None
+        anywhere = name == "triton" and _native.interpreted()
         if theta.dtype != torch.float32 or (theta.device.type != device and not anywhere):
-            refusals[backend] = f"it takes float32 on {device}, and theta is {theta.dtype} on {theta.device}"
-        elif not all(tensor.is_contiguous() for tensor in updated):
-            refusals[backend] = "theta, exp_avg and exp_avg_sq must be contiguous, for they are updated in place"
-        else:
-            refusals[backend] = _native.missing(backend)
-    return refusals
+            return f"it takes float32 on {device}, and theta is {theta.dtype} on {theta.device}"
+        if not all(tensor.is_contiguous() for tensor in updated):
+            return "theta, exp_avg and exp_avg_sq must be contiguous, for they are updated in place"
+        return _native.missing(name)
 
-
-def _choose(op: str, backend: str, refusals: dict[str, str | None]) -> str:
     # Of the two on a device the native one comes first by assumption: neither has been timed there yet.
-    return _native.choose(op, backend, refusals, ("cpp", "cuda", "triton", "reference"))
+    return _native.choose(op, backend, _DEVICES, refusal, ("cpp", "cuda", "triton", "reference"))
 
 
 def _kernels() -> ModuleType:
@@ -276,7 +278,7 @@ def _run_forward(
         least, most = importance.aminmax()
         if not (least >= 0 and most < float("inf")):
             raise InvalidInput("importance holds negative, infinite or NaN values; it must be finite and at least 0")
-    chosen = _choose("ratio_forward", backend, _refusals(theta))
+    chosen = _choose("ratio_forward", backend, theta)
     if chosen == "reference":
         if uniforms is None:
             uniforms = reference.philox_uniforms(seed, len(importance), theta.device).to(theta.dtype)
@@ -360,7 +362,7 @@ def _run_step(
 ) -> Tensor:
     _check_offsets(offsets, len(p))
     state = theta, exp_avg, exp_avg_sq
-    chosen = _choose("ratio_step", backend, _refusals(theta, state))
+    chosen = _choose("ratio_step", backend, theta, state)
     if chosen == "reference":
         return reference.ratio_step(
             theta, grad_mask, p, offsets, cost_grad, multiplier, exp_avg, exp_avg_sq, step, lr, (beta1, beta2), eps, cut
@@ -426,7 +428,7 @@ def _run_step_priced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_offsets(offsets, len(p))
     state = theta, exp_avg, exp_avg_sq
-    chosen = _choose("ratio_step_priced", backend, _refusals(theta, state))
+    chosen = _choose("ratio_step_priced", backend, theta, state)
     parts = CostTables(*tables)
     if chosen == "reference":
         cost, cost_grad = reference.table_cost(theta.sigmoid(), parts)

@@ -107,9 +107,10 @@ void parts(bool ordered) {
     return hwprune::Part{width, rows.data(), row_count, listed.data(), count, groups, threads};
   };
   const Floats matrix = random_floats(height * width), part = random_floats(row_count * count);
+  const Floats down = random_floats(row_count), across = random_floats(groups * count);
   check("pick_part", [&](int64_t threads) {
     Floats out(part.size());
-    hwprune::pick_part(matrix.data(), args(threads), out.data());
+    hwprune::pick_part(matrix.data(), args(threads), down.data(), across.data(), out.data());
     return out;
   });
   check("spread_part", [&](int64_t threads) {
