@@ -1,6 +1,6 @@
 """The masked convolution and one step of a search, against what one would write without them.
 
-    python benchmarks/bench_ops.py [--threads 1 2] [--rounds 9] [--only conv columns norm search]
+    python benchmarks/bench_ops.py [--threads 1 2] [--rounds 9] [--only conv columns norm search curve compiled]
 
 Every operator is checked against its rival on the tensors that are then timed. The two run in turns, one call each, so
 that a slow spell of the machine meets both, and take turns in going first; medians are compared. `spread` is the
@@ -8,11 +8,19 @@ distance between the 20 % and the 80 % quantile of our time, over its median. Ro
 `results/<environment>/ops.json`; `ratio` is the rival's time over ours. Rivals:
 
     dense-then-mask  out_mask * conv2d(in_mask * x)
+    gather-scatter   conv2d of the active channels of x and weight, by index_select, put into zeros by index_copy
     torch            conv2d with scale and shift folded into its weight and bias, then the activation
     dense            conv2d with all columns
     batch_norm       F.batch_norm, mask, activation; forward and backward
     training step    forward, backward and SGD of the network without masks. A search step that computes all channels
                      once in `skip` steps is timed as the mean over as many steps.
+    masked step      forward and backward of the masked network that computes all channels
+    compiled         torch.compile with convolution templates: of convolution, scale, shift and ReLU, and of the step of
+                     the network without any mask; on a CUDA device only
+
+`roofline` is the share of what the device could do: the larger of the time that the bytes take at its copy bandwidth
+and that which the products take at its rate for large matrices, both measured in the same run, over our time. Counted
+are the active channels of input and weight, the whole output, and the products between active channels.
 """
 
 import argparse
@@ -22,20 +30,23 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_ratio_update import RESULTS, place_of
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hwprune import ops
 from hwprune.budget import BudgetController
-from hwprune.graph import trace
+from hwprune.graph import Follower, trace
 from hwprune.latency import Target, fingerprint, flops_model
 from hwprune.latency.timing import settings
 from hwprune.models import load_model
+from hwprune.nn import mask_
 from hwprune.search import Search
 
 SKIP = 8  # one search step in so many computes all channels
@@ -70,16 +81,36 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     targets = [Target(device=device)] if device == "cuda" else [Target(threads=count) for count in args.threads]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    rates: dict[str, dict[str, float]] = {}  # by the number of threads
     for target in targets:
         with settings(target):
+            rates[str(target.threads)] = device_rates(device)
             for section in args.only:
                 for row in SECTIONS[section](device, args):
+                    if "bytes" in row:
+                        row["roofline"] = share_of_roofline(row, rates[str(target.threads)])
                     rows.append({**row, "threads": target.threads})
                     print(json.dumps(rows[-1]), flush=True)
+                store(rows, targets, rates, args, device)
+    kinds = [(row["op"], row["rival"], row["keep"], row["threads"]) for row in rows]
+    for key in dict.fromkeys(kinds):
+        ratios = [row["ratio"] for row, kind in zip(rows, kinds, strict=True) if kind == key]
+        print(f"{key}: geometric mean {np.exp(np.mean(np.log(ratios))):.2f}, least {min(ratios):.2f}")
+
+
+def store(
+    rows: list[dict[str, Any]],
+    targets: list[Target],
+    rates: dict[str, dict[str, float]],
+    args: argparse.Namespace,
+    device: str,
+) -> None:
+    """Write what there is so far, beside what other runs of this commit have measured of other operators."""
     context = {
         **fingerprint(targets[0]),
         "threads": [target.threads for target in targets],
+        "rates": rates,
         "rounds": args.rounds,
         "python": platform.python_version(),
         "commit": subprocess.run(
@@ -88,12 +119,36 @@ def main() -> None:
     }
     path = RESULTS / place_of(device) / "ops.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    stored = json.loads(path.read_text()) if path.exists() else {"context": {"commit": None}, "rows": []}
+    if stored["context"]["commit"] == context["commit"]:
+        measured = {(row["op"], row["rival"], row["threads"]) for row in rows}
+        others = [row for row in stored["rows"] if (row["op"], row["rival"], row["threads"]) not in measured]
+        rows = others + rows
+        context["rates"] = stored["context"]["rates"] | rates
+        context["threads"] = sorted({row["threads"] for row in rows})
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"context": {json.dumps(context)},\n "rows": [\n  {lines}\n]}}\n')
-    kinds = [(row["op"], row["rival"], row["keep"], row["threads"]) for row in rows]
-    for key in dict.fromkeys(kinds):
-        ratios = [row["ratio"] for row, kind in zip(rows, kinds, strict=True) if kind == key]
-        print(f"{key}: geometric mean {np.exp(np.mean(np.log(ratios))):.2f}, least {min(ratios):.2f}")
+
+
+def device_rates(device: str) -> dict[str, float]:
+    """Copy bandwidth in GB/s and the rate of large matrix products in Gop/s, in the type that is timed."""
+    dtype, scale = (torch.bfloat16, 8) if device == "cuda" else (torch.float32, 1)
+    source = torch.zeros(scale * 2**24, device=device)  # 64 MiB on the CPU
+    target = torch.empty_like(source)
+    a, b = (torch.randn(scale * 1024, scale * 1024, device=device, dtype=dtype) for _ in range(2))
+    copy_us = min(step_us(lambda: target.copy_(source), device) for _ in range(10))
+    product_us = min(step_us(lambda: torch.mm(a, b), device) for _ in range(10))
+    return {
+        "copy_gb_per_s": round(2 * source.numel() * 4 / copy_us / 1e3, 1),
+        "product_gop_per_s": round(2 * len(a) ** 3 / product_us / 1e3, 1),
+    }
+
+
+def share_of_roofline(row: dict[str, Any], rates: dict[str, float]) -> float:
+    """Takes the counts out of the row."""
+    copy_us = row.pop("bytes") / rates["copy_gb_per_s"] / 1e3
+    product_us = row.pop("operations") / rates["product_gop_per_s"] / 1e3
+    return round(max(copy_us, product_us) / row["median_us"], 3)
 
 
 def convolutions(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -115,6 +170,17 @@ def convolutions(device: str, args: argparse.Namespace) -> Iterator[dict[str, An
                 return F.conv2d(x * i, weight, **geometry) * o
 
             yield timed("masked_conv2d", "dense-then-mask", ours, rival, shape, batch, form, dtype, keep, args)
+            if keep == 1.0:
+                continue
+            ins, outs = in_mask.nonzero()[:, 0], out_mask.nonzero()[:, 0]
+
+            def gathered(x=x, weight=weight, ins=ins, outs=outs, geometry=geometry, form=form) -> Tensor:
+                small = weight.index_select(0, outs).index_select(1, ins)
+                y = F.conv2d(x.index_select(1, ins).contiguous(memory_format=form), small, **geometry)
+                full = torch.zeros(len(y), len(weight), *y.shape[2:], dtype=y.dtype, device=y.device)
+                return full.contiguous(memory_format=form).index_copy_(1, outs, y)
+
+            yield timed("masked_conv2d", "gather-scatter", ours, gathered, shape, batch, form, dtype, keep, args)
         scale, shift = torch.rand(cout, device=device) + 0.5, torch.randn(cout, device=device)
 
         def fused(x=x, weight=weight, scale=scale, shift=shift, geometry=geometry) -> Tensor:
@@ -127,29 +193,30 @@ def convolutions(device: str, args: argparse.Namespace) -> Iterator[dict[str, An
 
 
 def pruned_columns(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """3x3 convolutions without 75 % of their columns, chosen at random or in blocks of 16 channels."""
+    """3x3 convolutions without 50, 75 and 90 % of their columns, chosen at random or in blocks of 16 channels."""
     for shape, batch, form, dtype in cases(device):
         cin, _, kernel, stride, _ = shape
         if kernel == 1:
             continue
         x, weight = tensors(shape, batch, form, dtype, device)
         count = cin * kernel * kernel
-        columns = torch.randperm(count)[: count // 4].sort().values.to(device)
-        blocks = torch.randperm(count // 16)[: count // 64].sort().values
-        aligned = (16 * blocks[:, None] + torch.arange(16)).flatten().to(device)
-        for name, listed in (("random", columns), ("blocks", aligned)):
-            kept = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, listed, True)
-            small = weight * kept.view(kernel, kernel, cin).permute(2, 0, 1)
+        for keep in (0.5, 0.25, 0.1):
+            columns = torch.randperm(count)[: round(keep * count)].sort().values.to(device)
+            blocks = torch.randperm(count // 16)[: max(1, round(keep * count / 16))].sort().values
+            aligned = (16 * blocks[:, None] + torch.arange(16)).flatten().to(device)
+            for name, listed in (("random", columns), ("blocks", aligned)):
+                kept = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, listed, True)
+                small = weight * kept.view(kernel, kernel, cin).permute(2, 0, 1)
 
-            def ours(x=x, weight=weight, listed=listed, stride=stride, kernel=kernel) -> Tensor:
-                return ops.masked_conv2d(
-                    x, weight, columns=listed, stride=stride, padding=kernel // 2, backend=args.backend
-                )
+                def ours(x=x, weight=weight, listed=listed, stride=stride, kernel=kernel) -> Tensor:
+                    return ops.masked_conv2d(
+                        x, weight, columns=listed, stride=stride, padding=kernel // 2, backend=args.backend
+                    )
 
-            def rival(x=x, small=small, stride=stride, kernel=kernel) -> Tensor:
-                return F.conv2d(x, small, stride=stride, padding=kernel // 2)
+                def rival(x=x, small=small, stride=stride, kernel=kernel) -> Tensor:
+                    return F.conv2d(x, small, stride=stride, padding=kernel // 2)
 
-            yield timed(f"columns ({name})", "dense", ours, rival, shape, batch, form, dtype, 0.25, args)
+                yield timed(f"columns ({name})", "dense", ours, rival, shape, batch, form, dtype, keep, args)
 
 
 def norms(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -248,6 +315,66 @@ def search_steps(device: str, args: argparse.Namespace) -> Iterator[dict[str, An
         }
 
 
+def training_curve(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Forward and backward of resnet56, 32 px, with fewer and fewer channels, which are skipped or multiplied by 0."""
+    batch = 256 if device == "cuda" else 32
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (batch,), device=device)
+    networks = [load_model("resnet56").to(device, memory_format=torch.channels_last) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    program = trace(networks[0].eval(), (x[:2],))
+    handles = [mask_(network.train(), program.groups, Follower(network, program)) for network in networks]
+    compiled = torch.compile(load_model("resnet56").to(device, memory_format=torch.channels_last).train())
+
+    def step(network: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.autocast(device, dtype, enabled=device == "cuda"):
+                loss = F.cross_entropy(network(x), y)
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    def row(rival: str, keep: float, times: NDArray[np.float64]) -> dict[str, Any]:
+        return summary("training step", rival, f"resnet56 batch {batch} 32 px", dtype, keep, times, args)
+
+    rivals = {"masked step": step(networks[1])}
+    if device == "cuda":
+        rivals["compiled"] = step(compiled)
+    for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+        mask = torch.cat([hard_mask(group.width, keep, device) for group in program.groups])
+        handles[0].set(mask, skip=True)
+        handles[1].set(mask)
+        ours = step(networks[0])
+        torch.testing.assert_close(ours(), rivals["masked step"](), rtol=5e-2, atol=5e-2)
+        for name, rival in rivals.items():
+            yield row(name, keep, in_turns(ours, rival, device, max(3, args.rounds // 2)))
+
+
+def compiled_convolutions(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """3x3 convolutions of ResNet-50 with an epilogue and nothing masked, against torch.compile's templates."""
+    for shape, batch, form, dtype in cases(device):
+        _, cout, kernel, stride, _ = shape
+        if device != "cuda" or kernel == 1 or shape not in RESNET50 or batch != 32:
+            continue
+        x, weight = tensors(shape, batch, form, dtype, device)
+        scale, shift = torch.rand(cout, device=device) + 0.5, torch.randn(cout, device=device)
+
+        def ours(x=x, weight=weight, scale=scale, shift=shift, stride=stride) -> Tensor:
+            return ops.masked_conv2d(
+                x, weight, scale=scale, shift=shift, act="relu", stride=stride, padding=1, backend=args.backend
+            )
+
+        @partial(torch.compile, mode="max-autotune-no-cudagraphs")
+        def expression(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int) -> Tensor:
+            y = F.conv2d(x, weight, stride=stride, padding=1)
+            return (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).relu().to(x.dtype)
+
+        rival = partial(expression, x, weight, scale, shift, stride)
+        yield timed("masked_conv2d", "compiled", ours, rival, shape, batch, form, dtype, 1.0, args)
+
+
 def cases(device: str) -> Iterator[tuple[tuple[int, ...], int, torch.memory_format, torch.dtype]]:
     """Shape, batch, layout and dtype of every convolution."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -297,19 +424,45 @@ def timed(
         tolerance = 5e-2 if dtype != torch.float32 else 2e-2 if op == "masked_bn_act" else 1e-3
         error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
         assert error < tolerance, f"{op} {shape}: relative error {error:.2e}"
-        times = np.empty((args.rounds, 2))
-        for first in range(args.rounds):  # who comes second finds what the first has left in the caches
-            for side in (first % 2, 1 - first % 2):
-                times[first, side] = clock_us((ours, rival)[side], found.device.type)
-    median_us, rival_us = np.median(times, axis=0)
-    low, high = np.quantile(times[:, 0], [0.2, 0.8])
+        times = in_turns(ours, rival, found.device.type, args.rounds)
     cin, cout, kernel, stride, pixels = shape
     layout = "nhwc" if form == torch.channels_last else "nchw"
+    name = f"{batch}x{cin}x{pixels}x{pixels} -> {cout}, {kernel}x{kernel} stride {stride}, {layout}"
+    row = summary(op, rival_name, name, dtype, keep, times, args)
+    if op != "masked_bn_act":
+        ins, outs, columns = (1.0, 1.0, keep) if op.startswith("columns") else (keep, keep, keep)
+        products = found.numel() * outs * cin * kernel**2 * columns
+        floats = batch * cin * pixels**2 * ins + cout * outs * cin * kernel**2 * columns + found.numel()
+        row |= {"bytes": floats * dtype.itemsize, "operations": 2 * products}
+    return row
+
+
+def in_turns(ours: Callable[[], Any], rival: Callable[[], Any], device: str, rounds: int) -> NDArray[np.float64]:
+    """Microseconds a call, ours and the rival's. [rounds, 2]"""
+    times = np.empty((rounds, 2))
+    for first in range(rounds):  # who comes second finds what the first has left in the caches
+        for side in (first % 2, 1 - first % 2):
+            times[first, side] = clock_us((ours, rival)[side], device)
+    return times
+
+
+def summary(
+    op: str,
+    rival: str,
+    shape: str,
+    dtype: torch.dtype,
+    keep: float,
+    times: NDArray[np.float64],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """A row of what :func:`in_turns` measured."""
+    median_us, rival_us = np.median(times, axis=0)
+    low, high = np.quantile(times[:, 0], [0.2, 0.8])
     return {
         "op": op,
         "backend": args.backend,
-        "rival": rival_name,
-        "shape": f"{batch}x{cin}x{pixels}x{pixels} -> {cout}, {kernel}x{kernel} stride {stride}, {layout}",
+        "rival": rival,
+        "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
         "keep": keep,
         "median_us": round(float(median_us), 1),
@@ -340,7 +493,14 @@ def clock_us(run: Callable[[], Any], device: str) -> float:
     return took_us
 
 
-SECTIONS = {"conv": convolutions, "columns": pruned_columns, "norm": norms, "search": search_steps}
+SECTIONS = {
+    "conv": convolutions,
+    "columns": pruned_columns,
+    "norm": norms,
+    "search": search_steps,
+    "curve": training_curve,
+    "compiled": compiled_convolutions,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Draw what the benchmarks measured. Reads `results/*.json`, measures nothing.
 
-python benchmarks/plot.py
+    python benchmarks/plot.py
 """
 
 import json
@@ -25,9 +25,48 @@ def main() -> None:
     if latency.exists():
         rows = json.loads(latency.read_text())["rows"]
         draw_predictions([row for row in rows if row["sampling"] == "context"], RESULTS / "latency_accuracy.svg")
+    for operators in RESULTS.glob("*/ops.json"):
+        draw_operators(json.loads(operators.read_text())["rows"], operators.with_suffix(".svg"))
     cifar = RESULTS / "cifar10_cpu.json"
     if cifar.exists():
         draw_accuracy(json.loads(cifar.read_text())["rows"], RESULTS / "cifar10_cpu.svg")
+
+
+def draw_operators(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rivals' times over ours, a dot a shape and a line at the geometric mean; the cost of a step by what is kept."""
+    whole = ("training step", "search step")
+    kinds = list(dict.fromkeys((row["op"], row["rival"], row["keep"]) for row in rows if row["op"] not in whole))
+    steps = [row for row in rows if row["op"] == "training step"]
+    threads = sorted({row["threads"] for row in rows})
+    size = (9.5, 0.6 + 0.3 * len(kinds))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2), layout="constrained")
+    for place, kind in enumerate(kinds):
+        for shift, count in enumerate(threads):
+            mine = [row for row in rows if (row["op"], row["rival"], row["keep"]) == kind and row["threads"] == count]
+            ratios = [row["ratio"] for row in mine]
+            at = place + 0.36 * (shift - (len(threads) - 1) / 2)
+            left.plot(ratios, [at] * len(ratios), ".", color=f"C{shift}", markersize=3, alpha=0.6)
+            mean = math.exp(sum(map(math.log, ratios)) / max(1, len(ratios)))
+            left.plot([mean, mean], [at - 0.17, at + 0.17], color=f"C{shift}", linewidth=2)
+    left.axvline(1, color="#7a8896", linewidth=0.8)
+    names = [f"{op}, {keep:.0%} kept, over {rival}" for op, rival, keep in kinds]
+    left.set(xscale="log", yticks=range(len(kinds)), yticklabels=names, xlabel="times as fast as the rival")
+    left.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.invert_yaxis()
+    for shift, count in enumerate(threads):
+        for rival in dict.fromkeys(row["rival"] for row in steps):
+            mine = [row for row in steps if row["threads"] == count and row["rival"] == rival]
+            cost = [row["median_us"] / row["rival_median_us"] for row in mine]
+            label = f"{count} thread{'s' * (count > 1)}, over {rival}"
+            right.plot([row["keep"] for row in mine], cost, ".-", color=f"C{shift}", label=label)
+    right.plot([0, 1], [0, 1], ":", color="#7a8896", linewidth=0.8)
+    parts = [index / 50 for index in range(51)]
+    right.plot(parts, [part**2 for part in parts], "--", color="#7a8896", linewidth=0.8, label="squared: all products")
+    right.set(xlabel="part of the channels kept", ylabel="cost of a step, rival's = 1", ylim=(0, None))
+    right.legend(fontsize=7, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
