@@ -322,7 +322,7 @@ def test_a_mistaken_cut_is_restored_to_the_bit_and_the_quota_still_met():
 
 def test_the_gates_themselves_find_the_mistake_and_leave_the_harmless_alone():
     model, program = mistaken()
-    run = start(model, program, rounds=3, watch=10, restore=0.5, kind="bn", threshold="shape", regrow=False)
+    run = start(model, program, rounds=3, watch=10, restore=0.5, kind="bn", threshold="shape", regrow=False, price=0.5)
     with run:
         run.before_step(0)
         cut = run.method._mask == 0

@@ -15,7 +15,10 @@ place. The masks are frozen for the rest of the steps.
 The paper's, from its abstract: the layer's own weight sparsity ratio sets its pruning ratio before every prune step,
 only weights and gradients are looked at, weights that were cut reconstruct themselves in training, and a protective
 reconstruction supervises gradients so that important filters come back. Its formulas and tables could not be obtained:
-everything that is written as a formula here is a reconstruction. With b = 0 the ratios know nothing of the hardware.
+everything that is written as a formula here is a reconstruction. With b = 0, the default, the table decides how much is
+cut and sparsity alone where. Prices in the ratios, tried first with b = 0.5, crushed the residual stream, whose
+channels are the dearest because many layers share them: resnet20 from random weights, half of its latency, went down to
+2 of 16 channels there, and to 44 % after 8 short epochs where it is at 50 % without prices.
 
 A gate multiplies the batch norm's γ and β, so its gradient lacks the factor 1/√eps that the gradient of a zeroed
 filter has. Step hooks see no optimiser, so the momentum of what is cut is not reset to zero: a closed gate gives no
@@ -55,7 +58,7 @@ class PSAP(Method):
             the scale of the initialisation. "shape": 0.57 times the layer's mean |w'|, which only sees the shape of the
             distribution. "raw": one τ for |w'|, which favours wide layers.
         quantile: τ is this quantile of all weights where pruning begins, and fixed from there.
-        exponent, price: a and b of the formula above; ``price=0`` is the method without hardware.
+        exponent, price: a and b of the formula above; with b above 0 dear groups are cut more.
         most: largest part of a group that is cut, unless the budget cannot be met so.
         monotone: a group never gets channels back when its sparsity falls.
         warmup: part of the steps before the first cut, for a network that was never trained; others begin at once.
@@ -77,7 +80,7 @@ class PSAP(Method):
         threshold: Threshold = "scaled",
         quantile: float = 0.4,
         exponent: float = 1.0,
-        price: float = 0.5,
+        price: float = 0.0,
         most: float = 0.9,
         monotone: bool = False,
         warmup: float = 0.1,
