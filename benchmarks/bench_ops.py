@@ -298,21 +298,11 @@ def search_steps(device: str, args: argparse.Namespace) -> Iterator[dict[str, An
         for key, run in ((None, training), *runs.items()):
             times[key].append(step_us(run, device))
     rival_us = float(np.median(times[None]))
+    low, high = np.quantile(times[None], [0.2, 0.8])
+    names = "search step", "training step", f"resnet56 batch {batch} 32 px"
     for keep in runs:
         mean_us = float(np.mean(times[keep]))
-        low, high = np.quantile(times[None], [0.2, 0.8])
-        yield {
-            "op": "search step",
-            "backend": args.backend,
-            "rival": "training step",
-            "shape": f"resnet56 batch {batch} 32 px",
-            "dtype": "float32",
-            "keep": keep,
-            "median_us": round(mean_us, 1),
-            "rival_median_us": round(rival_us, 1),
-            "ratio": round(rival_us / mean_us, 3),
-            "spread": round(float(high - low) / rival_us, 3),
-        }
+        yield row_of(*names, torch.float32, keep, mean_us, rival_us, float(high - low) / rival_us, args)
 
 
 def training_curve(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -325,7 +315,6 @@ def training_curve(device: str, args: argparse.Namespace) -> Iterator[dict[str, 
     networks[1].load_state_dict(networks[0].state_dict())
     program = trace(networks[0].eval(), (x[:2],))
     handles = [mask_(network.train(), program.groups, Follower(network, program)) for network in networks]
-    compiled = torch.compile(load_model("resnet56").to(device, memory_format=torch.channels_last).train())
 
     def step(network: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -336,12 +325,11 @@ def training_curve(device: str, args: argparse.Namespace) -> Iterator[dict[str, 
 
         return run
 
-    def row(rival: str, keep: float, times: NDArray[np.float64]) -> dict[str, Any]:
-        return summary("training step", rival, f"resnet56 batch {batch} 32 px", dtype, keep, times, args)
-
     rivals = {"masked step": step(networks[1])}
     if device == "cuda":
-        rivals["compiled"] = step(compiled)
+        plain = load_model("resnet56").to(device, memory_format=torch.channels_last)
+        rivals["compiled"] = step(torch.compile(plain.train()))
+    shape = f"resnet56 batch {batch} 32 px"
     for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
         mask = torch.cat([hard_mask(group.width, keep, device) for group in program.groups])
         handles[0].set(mask, skip=True)
@@ -349,7 +337,8 @@ def training_curve(device: str, args: argparse.Namespace) -> Iterator[dict[str, 
         ours = step(networks[0])
         torch.testing.assert_close(ours(), rivals["masked step"](), rtol=5e-2, atol=5e-2)
         for name, rival in rivals.items():
-            yield row(name, keep, in_turns(ours, rival, device, max(3, args.rounds // 2)))
+            times = in_turns(ours, rival, device, max(3, args.rounds // 2))
+            yield summary("training step", name, shape, dtype, keep, times, args)
 
 
 def compiled_convolutions(device: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -458,6 +447,20 @@ def summary(
     """A row of what :func:`in_turns` measured."""
     median_us, rival_us = np.median(times, axis=0)
     low, high = np.quantile(times[:, 0], [0.2, 0.8])
+    return row_of(op, rival, shape, dtype, keep, median_us, rival_us, (high - low) / median_us, args)
+
+
+def row_of(
+    op: str,
+    rival: str,
+    shape: str,
+    dtype: torch.dtype,
+    keep: float,
+    median_us: float,
+    rival_us: float,
+    spread: float,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     return {
         "op": op,
         "backend": args.backend,
@@ -468,7 +471,7 @@ def summary(
         "median_us": round(float(median_us), 1),
         "rival_median_us": round(float(rival_us), 1),
         "ratio": round(float(rival_us / median_us), 3),
-        "spread": round(float((high - low) / median_us), 3),
+        "spread": round(float(spread), 3),
     }
 
 

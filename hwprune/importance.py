@@ -23,8 +23,8 @@ from hwprune.graph import Group, Groups, Slot
 
 Kind = Literal["bn", "l1", "l2", "taylor"]
 
-_SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
-_SHIFT_OR_STATISTIC = {*_SHIFTS, "running_mean", "running_var", "num_batches_tracked"}
+SHIFTS = ("bias", "beta")  # what a norm adds; only what it multiplies by says how much a channel carries
+_SHIFT_OR_STATISTIC = {*SHIFTS, "running_mean", "running_var", "num_batches_tracked"}
 _TIE = 1e-4  # scores closer than this part of their group's mean may be reordered by the weight norm
 _LEAST = 1e-12  # scores are positive, so that their logarithm is finite
 
@@ -310,6 +310,6 @@ def _scales(groups: Groups, parameters: Mapping[str, Tensor]) -> Iterator[tuple[
     """The γ of norms: (parameter, positions [width, r], first channel of the group)."""
     for group, first in zip(groups, groups.offsets[:-1].tolist(), strict=True):
         for slot in group.slots:
-            shifts = slot.parameter.rpartition(".")[2] in _SHIFTS
+            shifts = slot.parameter.rpartition(".")[2] in SHIFTS
             if slot.role == "norm" and slot.parameter in parameters and not shifts:
                 yield slot.parameter, slot.positions, first

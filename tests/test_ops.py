@@ -250,10 +250,12 @@ def test_native_loops_run_on_the_threads_that_torch_has():
     while not seen:
         pass
     before = max(seen)
-    for _ in range(50):
-        forward(([60_000] * 4, 5.0, 0, False), "cpp")
-    done.set()
-    watcher.join()
+    try:
+        for _ in range(50):
+            forward(([60_000] * 4, 5.0, 0, False), "cpp")
+    finally:
+        done.set()
+        watcher.join()
     assert max(seen) == before
 
 

@@ -1,7 +1,7 @@
 """The one module that imports the native extensions and Triton, and the choice between backends."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -11,6 +11,7 @@ import torch
 from hwprune.errors import BackendUnavailable, InvalidInput
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+HOMES = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}  # the type of device that each runs on; the reference on any
 _MODULES = {"cpp": "hwprune._cpp", "triton": "triton", "cuda": "hwprune._cuda"}
 _REMEDIES = {
     "cpp": "reinstall with a C++17 compiler on PATH",
@@ -47,6 +48,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def away(backend: str, device: torch.device) -> bool:
+    """Whether the backend runs on other devices only."""
+    anywhere = backend == "reference" or (backend == "triton" and interpreted())
+    return not anywhere and device.type != HOMES[backend]
+
+
 def learning(*tensors: torch.Tensor | None) -> bool:
     """Whether a gradient may be asked for with respect to one of these."""
     return torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)
@@ -74,16 +81,10 @@ def backends() -> dict[str, str | None]:
     }
 
 
-def choose(
-    op: str,
-    requested: str,
-    backends: Collection[str],
-    refusal: Callable[[str], str | None],
-    preference: tuple[str, ...],
-) -> str:
+def choose(op: str, requested: str, refusal: Callable[[str], str | None], preference: tuple[str, ...]) -> str:
     """The backend that runs `op`.
 
-    `backends` are those of the op, `refusal` says of one why it cannot take the tensors at hand, or None. "auto"
+    `refusal` says of a backend why it cannot take the tensors at hand, or None. "auto"
     yields to the environment variable HWPRUNE_BACKEND where that is set, and else takes the first of `preference`
     that does not refuse. Raises InvalidInput for an unknown name and BackendUnavailable, with the cause, where the
     backend asked for refuses.
@@ -95,8 +96,6 @@ def choose(
         return next(name for name in preference if refusal(name) is None)
     if wanted not in BACKENDS:
         raise InvalidInput(f"{source}={wanted!r} is not a backend; there are auto, {', '.join(BACKENDS)}")
-    if wanted not in backends:
-        raise BackendUnavailable(f"{op} has no {wanted} backend; it has {', '.join(backends)}: unset {source}")
     if (cause := refusal(wanted)) is not None:
         raise BackendUnavailable(f"{source}={wanted} cannot run {op}: {cause}")
     return wanted

@@ -226,9 +226,7 @@ def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | 
     preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
     if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS[groups > 1]:
         preference = ("reference",)
-    chosen = _native.choose(
-        op, requested, _MODULES, lambda name: _refusal(name, x, weight, groups, columns), preference
-    )
+    chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, groups, columns), preference)
     return import_module(_MODULES[chosen])
 
 
@@ -236,14 +234,13 @@ def _pointwise_backend(op: str, x: Tensor, requested: str) -> Any:
     """The module of functions that runs what follows a convolution, `op`, on its result."""
     weight = x.new_empty(x.shape[1], 1, 1, 1)  # backends ask for one
     preference = _PREFERENCE.get(x.device.type, ("reference",))
-    chosen = _native.choose(op, requested, _MODULES, lambda name: _refusal(name, x, weight, 1, None), preference)
+    chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, 1, None), preference)
     return import_module(_MODULES[chosen])
 
 
 def _refusal(backend: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
-    home = {"reference": x.device.type, "cpp": "cpu", "triton": "cuda", "cuda": "cuda"}[backend]
-    if x.device.type != home and not (backend == "triton" and _native.interpreted()):
-        return f"it runs on {home}, and x is on {x.device}"
+    if _native.away(backend, x.device):
+        return f"it runs on {_native.HOMES[backend]}, and x is on {x.device}"
     if backend != "reference" and (cause := _native.missing(backend)) is not None:
         return cause
     refusal: str | None = import_module(_MODULES[backend]).refusal(x, weight, groups, columns)

@@ -238,25 +238,20 @@ def _check_offsets(offsets: Tensor, channels: int) -> None:
         raise InvalidInput(f"offsets must increase strictly from 0 to {channels}, the number of channels")
 
 
-_DEVICES = {"reference": None, "cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
-
-
 def _choose(op: str, backend: str, theta: Tensor, updated: Sequence[Tensor] = ()) -> str:
     """The backend that runs `op` on theta's device and dtype, and updates these in place."""
 
     def refusal(name: str) -> str | None:
-        device = _DEVICES[name]
-        if device is None:
+        if name == "reference":
             return None
-        anywhere = name == "triton" and _native.interpreted()
-        if theta.dtype != torch.float32 or (theta.device.type != device and not anywhere):
-            return f"it takes float32 on {device}, and theta is {theta.dtype} on {theta.device}"
+        if theta.dtype != torch.float32 or _native.away(name, theta.device):
+            return f"it takes float32 on {_native.HOMES[name]}, and theta is {theta.dtype} on {theta.device}"
         if not all(tensor.is_contiguous() for tensor in updated):
             return "theta, exp_avg and exp_avg_sq must be contiguous, for they are updated in place"
         return _native.missing(name)
 
     # Of the two on a device the native one comes first by assumption: neither has been timed there yet.
-    return _native.choose(op, backend, _DEVICES, refusal, ("cpp", "cuda", "triton", "reference"))
+    return _native.choose(op, backend, refusal, ("cpp", "cuda", "triton", "reference"))
 
 
 def _kernels() -> ModuleType:

@@ -40,6 +40,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
+from hwprune.importance import SHIFTS
 from hwprune.latency import Target
 from hwprune.latency.timing import settings, time_runs
 from hwprune.nn import ColumnPrunedConv2d
@@ -55,7 +56,6 @@ _EPSILON = 0.1  # beside the squared norm in the weights of the reweighted form,
 _LEAST = 1e-12
 _PAYS = 0.95  # of the plain time, which half of the columns may take at most
 _PROBE_IMAGES = 32  # of the batch that a probe runs on
-_SHIFTS = ("bias", "beta")
 
 
 class SSAuto(Method):
@@ -101,7 +101,7 @@ class SSAuto(Method):
         self._slices = Slices(context.model, groups, device)
         names = {id(parameter): name for name, parameter in context.model.named_parameters()}
         # What a norm adds says nothing about how much a channel carries; it is pulled along all the same.
-        self._voting = [names[id(parameter)].rpartition(".")[2] not in _SHIFTS for parameter in self._slices.parameters]
+        self._voting = [names[id(parameter)].rpartition(".")[2] not in SHIFTS for parameter in self._slices.parameters]
         self._owner = torch.from_numpy(np.repeat(np.arange(len(groups)), groups.widths)).to(device)  # [ΣC]
         self._least = torch.from_numpy(context.minimum).to(device)  # [G]
         self._most = torch.from_numpy(context.maximum).to(device)
@@ -387,28 +387,30 @@ class _Convolutions:
         """What a convolution would cost if its columns ended at each one, as a part of the dense network; 0 where
         columns save nothing. [ΣK]
         """
-        read = self.read(rows).float()
-        left, _ = self._left(rows, read)
-        per_column = self._share * self._effect * left / self._of_convs(read).clamp_min(1)
-        return per_column[self._conv_of_column] * (group_places(norms * read, self._conv_of_column) + 1)
+        reading = self.read(rows)
+        left, read = self._left(rows, reading)
+        per_column = self._share * self._effect * left / read.clamp_min(1)
+        return per_column[self._conv_of_column] * (group_places(norms * reading, self._conv_of_column) + 1)
 
     def saved(self, rows: Tensor, columns: Tensor) -> float:
         """What the missing columns save, as a part of the dense cost."""
-        left, kept = self._left(rows, columns)
+        reading = self.read(rows)
+        left, read = self._left(rows, reading)
+        kept = self._of_convs((reading & columns).float()) / read.clamp_min(1)
         return float((self._share * self._effect * left * (1 - kept)).sum())
 
     def read(self, rows: Tensor) -> Tensor:
         """Which columns read a channel that is left. [ΣK] bool"""
         return torch.cat([rows, rows.new_ones(1)])[self._in_channel]
 
-    def _left(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts of each convolution's work left by the channels, and of what these leave, by the columns. [L] each"""
-        outs, ins = torch.cat([rows, rows.new_ones(1)]).float()[self._out_channel], self.read(rows).float()
+    def _left(self, rows: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of each convolution's work that the channels leave, and how many columns read one. [L] each"""
+        outs = torch.cat([rows, rows.new_ones(1)]).float()[self._out_channel]
         produced = torch.zeros_like(self._share).index_add_(0, self._conv_of_out, outs)
         produced /= torch.bincount(self._conv_of_out, minlength=len(self._share)).clamp_min(1)
-        read, kept = self._of_convs(ins), self._of_convs(ins * columns)
+        read = self._of_convs(reading.float())
         consumed = read / torch.bincount(self._conv_of_column, minlength=len(self._share)).clamp_min(1)
-        return produced * consumed, kept / read.clamp_min(1)
+        return produced * consumed, read
 
     def _of_convs(self, flat: Tensor, mean: bool = False) -> Tensor:
         """Sums (or means) over the columns of each convolution. [L]"""
