@@ -11,15 +11,27 @@ if TYPE_CHECKING:
     from hwprune.budget import Budget
     from hwprune.graph import trace
     from hwprune.latency import LatencyTable, Target
-    from hwprune.pipeline import measure, profile, prune
+    from hwprune.pipeline import Pruning, measure, profile, prune
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "HwpruneError", "LatencyTable", "Target", "load", "measure", "profile", "prune", "trace"]
+__all__ = [
+    "Budget",
+    "HwpruneError",
+    "LatencyTable",
+    "Pruning",
+    "Target",
+    "load",
+    "measure",
+    "profile",
+    "prune",
+    "trace",
+]
 
 _HOMES = {
     "Budget": "hwprune.budget",
     "LatencyTable": "hwprune.latency",
+    "Pruning": "hwprune.pipeline",
     "Target": "hwprune.latency",
     "load": "hwprune.artifact",
     "measure": "hwprune.pipeline",

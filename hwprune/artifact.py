@@ -222,13 +222,16 @@ def versions() -> dict[str, str]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it."""
+    """Write a file so that a reader sees the old content or the new, never half of it. Raises InvalidInput."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror}; make room, or choose another folder") from error
 
 
 def _export(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,7 @@ from hwprune.data import Data, load_data
 from hwprune.errors import BackendUnavailable, HwpruneError, InvalidInput
 from hwprune.graph import trace
 from hwprune.latency import LatencyTable, Target, available_runtimes, fingerprint
+from hwprune.latency import merge as merge_tables
 from hwprune.models import load_model
 from hwprune.search import DEFAULT_METHOD, METHODS, method_class
 from hwprune.train import Recipe
@@ -54,11 +56,24 @@ ProfileSeconds = Annotated[
     float | None, typer.Option("--profile-seconds", help="Measure for about so long where the table holds too little.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Use a table that was measured on another machine.")]
-Device = Annotated[str, typer.Option(help="Device whose latency counts: cpu, cuda, cuda:1.")]
-Runtime = Annotated[str, typer.Option(help="What runs the network: eager, compile, onnxruntime or cudagraph.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-MemoryFormat = Annotated[str, typer.Option(help="contiguous or channels_last.")]
-Threads = Annotated[int, typer.Option(help="CPU threads of the deployed network.", min=1)]
+_DEVICE = typer.Option(help="Device whose latency counts: cpu, cuda, cuda:1.")
+_RUNTIME = typer.Option(help="What runs the network: eager, compile, onnxruntime or cudagraph.")
+_DTYPE = typer.Option(help="float32, float16 or bfloat16.")
+_MEMORY_FORMAT = typer.Option(help="contiguous or channels_last.")
+_THREADS = typer.Option(help="CPU threads of the deployed network.", min=1)
+Device = Annotated[str, _DEVICE]
+Runtime = Annotated[str, _RUNTIME]
+Dtype = Annotated[str, _DTYPE]
+MemoryFormat = Annotated[str, _MEMORY_FORMAT]
+Threads = Annotated[int, _THREADS]
+KeepBatchNorm = Annotated[
+    bool, typer.Option("--keep-batch-norm", help="Time batch norms as they are; by default they are folded.")
+]
+Minimum = Annotated[int | None, typer.Option(help="Least width of every group.", min=1)]
+Multiple = Annotated[int, typer.Option(help="Widths are multiples of it, or whole.", min=1)]
+Pin = Annotated[
+    list[str] | None, typer.Option(metavar="GROUP=WIDTH", help="A group's width; `hwprune check` names the groups.")
+]
 Attention = Annotated[
     Literal["heads", "dims"],
     typer.Option(help="What is pruned of an attention: whole heads, or the dims of every head."),
@@ -186,10 +201,11 @@ def profile(
     dtype: Dtype = "float32",
     memory_format: MemoryFormat = "contiguous",
     threads: Threads = 1,
+    keep_batch_norm: KeepBatchNorm = False,
     as_json: Json = False,
 ) -> None:
     """Measure what a model's widths cost on this machine, into a table that an interrupted profile continues."""
-    target = _target(device, runtime, dtype, memory_format, threads)
+    target = _target(device, runtime, dtype, memory_format, threads, keep_batch_norm)
     shapes = _shapes(inputs, model)
     network = load_model(model, classes=classes, in_channels=_channels(shapes), weights=weights)
     path = table or Path(f"{model.replace(':', '_').replace('/', '_')}.table.jsonl")
@@ -222,7 +238,10 @@ def profile(
 def prune(
     model: Annotated[str, typer.Option(help=_MODELS)],
     data: Annotated[
-        str, typer.Option(help="digits, cifar10:PATH, fashion-mnist:PATH, folder:PATH or package.module:function")
+        str,
+        typer.Option(
+            help="digits, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, folder:PATH or package.module:function"
+        ),
     ],
     budget: Annotated[str, typer.Option(help="2.4ms, 50% (of the dense latency) or 50%flops")] = "50%",
     weights: Weights = None,
@@ -235,6 +254,9 @@ def prune(
         typer.Option("--refit/--no-refit", help="Solve layers for what was cut away; by default the method decides."),
     ] = None,
     guide: Annotated[str, typer.Option(help="What steers the search: ms or flops.")] = "ms",
+    minimum: Minimum = None,
+    multiple: Multiple = 1,
+    pin: Pin = None,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning.", min=0)] = 10,
     search_epochs: Annotated[int, typer.Option(help="Epochs with masks.", min=0)] = 10,
     dense_epochs: Annotated[int, typer.Option(help="Epochs of training the dense model first.", min=0)] = 0,
@@ -251,6 +273,7 @@ def prune(
     dtype: Dtype = "float32",
     memory_format: MemoryFormat = "contiguous",
     threads: Threads = 1,
+    keep_batch_norm: KeepBatchNorm = False,
     attention: Attention = "heads",
     out: Annotated[Path, typer.Option(help="Folder of the artifact, the report and the run's state.")] = Path(
         "runs/prune"
@@ -263,7 +286,7 @@ def prune(
     as_json: Json = False,
 ) -> int:
     """Prune a network to a budget measured on this machine, and train what is left."""
-    target = _target(device, runtime, dtype, memory_format, threads)
+    target = _target(device, runtime, dtype, memory_format, threads, keep_batch_norm)
     loaded = load_data(data, batch_size=train_batch, subset=subset, validation=validation, seed=seed)
     torch.manual_seed(seed)
     network = load_model(model, classes=loaded.classes, in_channels=loaded.shape[0], weights=weights)
@@ -284,6 +307,9 @@ def prune(
             options=_options(option),
             refit=refit,
             guide=guide,
+            minimum=minimum,
+            multiple=multiple,
+            pinned=_pins(pin),
             recipe=recipe,
             epochs=epochs,
             search_epochs=search_epochs,
@@ -323,7 +349,10 @@ def prune(
 def compare(
     model: ModelSpec,
     data: Annotated[
-        str, typer.Option(help="digits, cifar10:PATH, fashion-mnist:PATH, folder:PATH or package.module:function")
+        str,
+        typer.Option(
+            help="digits, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, folder:PATH or package.module:function"
+        ),
     ],
     methods: Annotated[
         str,
@@ -350,6 +379,7 @@ def compare(
     dtype: Dtype = "float32",
     memory_format: MemoryFormat = "contiguous",
     threads: Threads = 1,
+    keep_batch_norm: KeepBatchNorm = False,
     note: Annotated[str | None, typer.Option(help="What the data are called in compare.json.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of all runs, compare.json, .md and .svg.")] = Path("runs/compare"),
     table: Table = None,
@@ -357,7 +387,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal measured milliseconds; called again, it goes on with what is not finished."""
-    target = _target(device, runtime, dtype, memory_format, threads)
+    target = _target(device, runtime, dtype, memory_format, threads, keep_batch_norm)
     entries = [comparison.Entry.parse(text) for text in methods.split(",")]
     limits = [str(Budget.parse(text)) for text in budgets.split(",")]
 
@@ -404,18 +434,30 @@ def measure(
     inputs: Inputs = None,
     weights: Weights = None,
     classes: Classes = 10,
-    device: Device = "cpu",
-    runtime: Runtime = "eager",
-    dtype: Dtype = "float32",
-    memory_format: MemoryFormat = "contiguous",
-    threads: Threads = 1,
+    device: Annotated[str | None, _DEVICE] = None,
+    runtime: Annotated[str | None, _RUNTIME] = None,
+    dtype: Annotated[str | None, _DTYPE] = None,
+    memory_format: Annotated[str | None, _MEMORY_FORMAT] = None,
+    threads: Annotated[int | None, _THREADS] = None,
+    keep_batch_norm: Annotated[bool | None, typer.Option("--keep-batch-norm/--fold-batch-norm")] = None,
     rounds: Annotated[int, typer.Option(help="Measurements, of which the median is given.", min=1)] = 5,
     as_json: Json = False,
 ) -> None:
-    """Measure one forward of a model, or of a pruned one, on this machine."""
-    target = _target(device, runtime, dtype, memory_format, threads)
+    """Measure one forward of a model, or of a pruned one as it was pruned for, on this machine."""
     network: nn.Module
     spec = artifact.read_spec(model) if Path(model).is_dir() else None
+    given: dict[str, Any] = {
+        "device": device,
+        "runtime": runtime,
+        "dtype": dtype,
+        "memory_format": memory_format,
+        "threads": threads,
+        "fold_batch_norm": None if keep_batch_norm is None else not keep_batch_norm,
+    }
+    target = replace(
+        Target.parse(spec.target.get("options", "cpu")) if spec is not None else Target(),
+        **{key: value for key, value in given.items() if value is not None},
+    )
     if spec is not None:
         example = spec.example_inputs()
         network = trace(artifact.load(model), example).module
@@ -456,9 +498,17 @@ def tables(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Table files; by default those shipped with hwprune.")
     ] = None,
+    merge: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write the union of the tables, of one machine, to this file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Latency tables: what they were measured on, how much they hold, and whether they are of this machine."""
+    if merge is not None:
+        if merge.exists():
+            raise InvalidInput(f"{merge} exists; name a file that does not, for the union of the tables")
+        merge_tables(paths or [], merge)
+        paths = [merge]
     shipped = [Path(str(p)) for p in resources.files("hwprune.latency_tables").iterdir() if p.name.endswith(".jsonl")]
     rows = [_describe_table(path) for path in (paths or shipped)]
     if as_json:
@@ -536,8 +586,8 @@ def _run_benchmarks(names: Sequence[str] | None) -> int:
     return 0
 
 
-def _target(device: str, runtime: str, dtype: str, memory_format: str, threads: int) -> Target:
-    return Target(device=device, runtime=runtime, dtype=dtype, memory_format=memory_format, threads=threads)
+def _target(device: str, runtime: str, dtype: str, memory_format: str, threads: int, keep_batch_norm: bool) -> Target:
+    return Target(device, runtime, dtype, memory_format, threads, fold_batch_norm=not keep_batch_norm)
 
 
 def _shapes(inputs: Sequence[str] | None, model: str) -> list[tuple[int, ...]]:
@@ -576,6 +626,16 @@ def _options(pairs: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             options[name] = text
     return options
+
+
+def _pins(pairs: Sequence[str] | None) -> dict[str, int] | None:
+    pins = {}
+    for pair in pairs or ():
+        name, _, width = pair.rpartition("=")
+        if not name or not width.isdecimal():
+            raise InvalidInput(f"--pin {pair!r} is not understood; write GROUP=WIDTH, such as layer1.0.conv1=16")
+        pins[name] = int(width)
+    return pins or None
 
 
 def _describe_table(path: Path) -> dict[str, Any]:

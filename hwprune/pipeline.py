@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hwprune import artifact, report
-from hwprune.allocator import allocate, values_from_ranking
+from hwprune.allocator import Allocation, allocate, values_from_ranking
 from hwprune.budget import Budget, BudgetController
 from hwprune.errors import CorruptArtifact, InfeasibleBudget, InvalidInput
-from hwprune.graph import Program, cut, keep_first, keep_top, resize, segments, trace
+from hwprune.graph import Groups, Program, cut, keep_first, keep_top, resize, segments, trace
 from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, build, fingerprint, flops_model
 from hwprune.latency import measure as measure_callable
 from hwprune.latency import profile as profile_program
@@ -77,7 +79,7 @@ class Plan:
     predicted_ms: float
     measured_ms: float | None  # None for a budget in FLOPs
     limit_ms: float | None  # the budget, by the dense model in the same window
-    rounds: tuple[Mapping[str, float], ...]  # every allocation that was tried: predicted, measured, budget
+    rounds: tuple[Mapping[str, Any], ...]  # every allocation that was tried: predicted, measured, budget, its gap
     columns: Mapping[str, float] | None = None  # where some were pruned: ms at equal widths, without and with them
 
     @property
@@ -120,6 +122,9 @@ def prune(
     options: Mapping[str, Any] | None = None,
     refit: bool | None = None,
     guide: str = "ms",
+    minimum: int | Mapping[str, int] | None = None,
+    multiple: int = 1,
+    pinned: Mapping[str, int] | None = None,
     recipe: Recipe | None = None,
     epochs: int = 10,
     search_epochs: int = 10,
@@ -145,7 +150,9 @@ def prune(
     training images without augmentation. ``refit`` solves the layers behind the cut for what was cut away, by least
     squares on the calibration images; None leaves that to the method. ``dense_epochs`` train the dense model first,
     ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide`` is the
-    cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget.
+    cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget. ``minimum``
+    (for all groups, or by group name), ``multiple`` and ``pinned`` (by name) bind the widths; a full width is always
+    allowed, and a group that they name is never removed.
 
     With ``out``, the folder keeps the artifact, ``report.html``, ``result.json`` and the state from which ``resume``
     continues. ``table`` is the latency table to use and extend (by default the one in ``out``), in about
@@ -163,6 +170,9 @@ def prune(
         budget_ms=budget_ms,
         target=target,
         guide=guide,
+        minimum=minimum,
+        multiple=multiple,
+        pinned=pinned,
         out=out,
         table=table,
         profile_seconds=profile_seconds,
@@ -215,6 +225,9 @@ class Pruning:
         budget_ms: float | None = None,
         target: Target | None = None,
         guide: str = "ms",
+        minimum: int | Mapping[str, int] | None = None,
+        multiple: int = 1,
+        pinned: Mapping[str, int] | None = None,
         out: str | Path | None = None,
         table: str | Path | None = None,
         profile_seconds: float | None = None,
@@ -235,16 +248,28 @@ class Pruning:
         self.progress = progress
         self.say = say or (_to_stderr if progress else _to_nowhere)
         self.folder = Path(out) if out is not None else None
-        described = {"model": self.name, "budget": str(self.budget), "guide": guide, "target": self.target.describe()}
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        described = {
+            "model": self.name,
+            "inputs": [f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}" for x in inputs],
+            "attention": attention,
+            "budget": str(self.budget),
+            "guide": guide,
+            "minimum": minimum,
+            "multiple": multiple,
+            "pinned": pinned,
+            "target": str(self.target),
+        }
         self.run = _Run(self.folder, {**described, **(settings or {})}, resume=resume)
 
-        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
         self.model = copy.deepcopy(model)
         with self.run.phase("trace"):
             self.program = trace(self.model, inputs, attention=attention, name=self.name)
         with self.run.phase("profile"):
             self.latency = self._profile(table, force, profile_seconds)
-        self.flops = flops_model(self.program)
+        widths = _Widths(self.program.groups, minimum, multiple, pinned or {})
+        self.latency, self.flops = widths.bound(self.latency), widths.bound(flops_model(self.program))
+        self._fixed: dict[str, Any] = {"multiple": widths.multiple, "pinned": widths.pinned}
         self.cost = self.flops if "flops" in (self.budget.unit, guide) else self.latency
         with self.run.phase("frontier"):
             self.goal = self._goal()
@@ -280,6 +305,7 @@ class Pruning:
             steps,
             options,
             seed,
+            pinned=self._fixed["pinned"],
             held_out=held_out,
             loss_fn=loss_fn,
             program=self.program,
@@ -347,6 +373,7 @@ class Pruning:
             "floor_ms": self.goal.floor_ms * dense.median_ms / self.goal.dense_ms,
             "predicted_ms": float(latency.predict(widths)),
             "predicted_dense_ms": float(self.latency.predict(self.latency.full)),
+            "prediction_residual": float(self.latency.residual),
             "measured_ms": pruned.median_ms,
             "dense_p20_ms": dense.p20_ms,
             "dense_p80_ms": dense.p80_ms,
@@ -365,7 +392,11 @@ class Pruning:
             "rounds": [dict(row) for row in self.plan.rounds],
             "columns": self.plan.columns and {**self.plan.columns, "deployed": self.plan.deploys_columns},
             "wall_s": self.run.wall(),
-            "target": {"description": self.target.describe(), **fingerprint(self.target)},
+            "target": {
+                "description": self.target.describe(),
+                "options": str(self.target),
+                **fingerprint(self.target),
+            },
             "settings": self.run.settings,
             "versions": artifact.versions(),
         }
@@ -479,6 +510,7 @@ class Pruning:
         return goal
 
     def _keep_goal(self, goal: Goal) -> None:
+        self.run.begin()
         frontier = [dict(row) for row in goal.frontier]
         self.run.finish("frontier", dense_ms=goal.dense_ms, floor_ms=goal.floor_ms, frontier=frontier)
 
@@ -489,7 +521,8 @@ class Pruning:
         for budget in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
             if budget <= floor or budget * self.latency.dense < self.latency.floor:
                 return
-            widths = allocate(self.latency, values, budget * self.latency.dense, time_limit_s=1).widths
+            limit = budget * self.latency.dense
+            widths = allocate(self.latency, values, limit, time_limit_s=1, **self._fixed).widths
             yield {
                 "budget": budget,
                 "channels": float(widths.sum() / groups.widths.sum()),
@@ -508,8 +541,9 @@ class Pruning:
         groups, found = self.program.groups, self.found
         cost, latency = self._of_method(self.cost), self._of_method(self.latency)
         if self.budget.unit == "flops":  # exact as allocated: nothing to correct
-            widths = self._allocate(self._cost_limit())
-            return Plan(widths, float(latency.predict(widths)), None, None, ())
+            chosen = self._allocate(self._cost_limit())
+            self.say(f"allocated: {chosen}")
+            return Plan(chosen.widths, float(latency.predict(chosen.widths)), None, None, (_proof(chosen),))
         allowance = _Allowance(self._cost_limit(), float(cost.floor), float(cost.dense))
         if not found.fills_budget:  # what the search found is a limit as well
             least, full = cost.least, groups.widths
@@ -519,7 +553,8 @@ class Pruning:
         seen: set[bytes] = set()
         columns: dict[str, float] | None = None
         for _ in range(rounds):
-            widths = self._allocate(allowance.now)
+            chosen = self._allocate(allowance.now)
+            widths = chosen.widths
             if widths.tobytes() in seen:
                 break  # no level lies between the allowances that are left
             seen.add(widths.tobytes())
@@ -541,9 +576,10 @@ class Pruning:
             assert limit is not None
             used, predicted = pruned.median_ms / limit, float(latency.predict(widths))
             self.say(
-                f"allocated: predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms, {used:.1%} of the budget"
+                f"allocated: {chosen}; predicted {predicted:.4g} ms, measured {pruned.median_ms:.4g} ms, "
+                f"{used:.1%} of the budget"
             )
-            row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "budget_ms": limit}
+            row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "budget_ms": limit, **_proof(chosen)}
             history = (*(tried[-1].rounds if tried else ()), {**row, "dense_ms": dense.median_ms})
             tried.append(Plan(widths, predicted, pruned.median_ms, limit, history, columns))
             if not allowance.correct(used) or (used <= MOST_USE and not found.fills_budget):
@@ -562,14 +598,14 @@ class Pruning:
         prune_columns_(smaller.module, self.found.columns or {}, self.program.groups, keep)
         return [smaller.module.eval()]
 
-    def _allocate(self, limit: float) -> NDArray[np.int64]:
-        """Widths within `limit`, in the unit of the cost that guides the search, from what was found. [G]"""
+    def _allocate(self, limit: float) -> Allocation:
+        """Widths within `limit`, in the unit of the cost that guides the search, from what was found."""
         assert self.found is not None and self.method is not None
         found = self.found
-        chosen = self.method.allocate(
-            self.program.groups, self._of_method(self.cost), found.widths, found.ranking, limit, value=found.value
+        cost = self._of_method(self.cost)
+        return self.method.allocate(
+            self.program.groups, cost, found.widths, found.ranking, limit, value=found.value, **self._fixed
         )
-        return chosen.widths
 
     def _of_method(self, cost: CostModel) -> CostModel:
         """A cost with a price for width 0 where the search was free to remove blocks."""
@@ -629,6 +665,44 @@ class Pruning:
         state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
         kind = {"fills_budget": found.fills_budget, "removes_blocks": found.removes_blocks}
         self.run.finish("search", state, log=_thin(log), **kind)
+
+
+class _Widths:
+    """What the user binds the widths to, by index of the group."""
+
+    def __init__(
+        self, groups: Groups, minimum: int | Mapping[str, int] | None, multiple: int, pinned: Mapping[str, int]
+    ) -> None:
+        index = {name: g for g, name in enumerate(groups.names)}
+        if isinstance(minimum, Mapping):
+            by_name = dict(minimum)
+        else:
+            by_name = {group.name: min(minimum, group.width) for group in groups} if minimum is not None else {}
+        if unknown := [name for name in (*by_name, *pinned) if name not in index]:
+            raise InvalidInput(f"there is no group {unknown[0]!r}; there are {', '.join(groups.names)}")
+        if multiple < 1:
+            raise InvalidInput(f"multiple={multiple} must be at least 1")
+        self.multiple = multiple
+        self.pinned = {index[name]: int(width) for name, width in pinned.items()}
+        self._full = np.asarray(groups.widths, dtype=np.int64)
+        self._minimum = {index[name]: int(width) for name, width in by_name.items()}
+        for g, width in (*self._minimum.items(), *self.pinned.items()):
+            if not 1 <= width <= self._full[g]:
+                raise InvalidInput(f"{groups.names[g]} can have 1 to {self._full[g]} channels, not {width}")
+
+    def bound(self, cost: CostModel) -> CostModel:
+        """The same costs, with what the user allows as the least widths."""
+        if self.multiple == 1 and not self._minimum and not self.pinned:
+            return cost
+        least = cost.least.copy()
+        for g, width in self._minimum.items():
+            least[g] = max(least[g], width)
+        least = np.minimum(-(-least // self.multiple) * self.multiple, self._full)
+        least[list(self.pinned)] = list(self.pinned.values())
+        removable = None if cost.removable is None else cost.removable.copy()
+        if removable is not None:
+            removable[[*self._minimum, *self.pinned]] = False
+        return replace(cost, minimum=least, removable=removable)
 
 
 class _Allowance:
@@ -759,26 +833,35 @@ class _Run:
         self.resumed = resume and folder is not None
         self._memory: dict[str, Mapping[str, Tensor]] = {}
         self._state = folder / "state" if folder is not None else None
-        if folder is None:
+        self._begun = False
+        if folder is None or self._state is None:
             return
-        state = folder / "state"
-        path = state / "run.json"
+        path = self._state / "run.json"
         if self.resumed and path.is_file():
             self._read(path)
+            self._begun = True
             return
-        if any(state.glob("*.checkpoint")) and not (folder / "result.json").is_file():
+        if any(self._state.glob("*.checkpoint")) and not (folder / "result.json").is_file():
             raise InvalidInput(
                 f"{folder} holds a run that was not finished; continue it with --resume, choose another folder, or "
                 "delete it"
             )
         try:
-            shutil.rmtree(state, ignore_errors=True)
-            state.mkdir(parents=True)
-            for stale in (artifact.SPEC, "result.json", "report.html"):
-                (folder / stale).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise InvalidInput(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-        self._write()
+
+    def begin(self) -> None:
+        """Clear away the run that the folder held before: what was asked for can be done, and is about to be."""
+        if self._state is None or self._begun:
+            return
+        shutil.rmtree(self._state, ignore_errors=True)
+        self._state.mkdir(parents=True)
+        for stale in (artifact.SPEC, "result.json", "report.html"):
+            (self._state.parent / stale).unlink(missing_ok=True)
+        self._begun = True
 
     def _read(self, path: Path) -> None:
         try:
@@ -853,7 +936,7 @@ class _Run:
         return {**self.seconds, "total": sum(self.seconds.values())}
 
     def _write(self) -> None:
-        if self._state is not None:
+        if self._state is not None and self._begun:
             stored = {"settings": self.settings, "done": self.done, "seconds": self.seconds}
             artifact.write_file(self._state / "run.json", json.dumps(stored).encode())
 
@@ -913,7 +996,7 @@ class Check:
     @property
     def holds(self) -> bool:
         """Whether masked model, resized program and cut module agreed for every random keep."""
-        return max(self.masked_error, self.cut_error) <= self.tolerance
+        return self.masked_error <= self.tolerance and self.cut_error <= self.tolerance  # and neither is NaN
 
 
 def check(
@@ -936,7 +1019,7 @@ def check(
     groups = program.groups
     generator = np.random.default_rng(seed)
     exempt = np.array([group.normalised is not None for group in groups], dtype=bool)
-    masked_error = cut_error = 0.0
+    masked_errors, cut_errors = [0.0], [0.0]
     smaller = None
     with torch.no_grad():
         for _ in range(draws if len(groups) else 0):
@@ -944,13 +1027,14 @@ def check(
             ranking = generator.permutation(groups.total).astype(np.float64)
             keep = keep_top(groups, widths, ranking)
             smaller = cut(model, program, keep)
-            cut_error = max(cut_error, _distance(smaller.module.eval()(*inputs), resize(program, keep).eval()(*inputs)))
+            resized = resize(program, keep).eval()(*inputs)
+            cut_errors.append(_distance(smaller.module.eval()(*inputs), resized))
             keep = keep_top(groups, np.where(exempt, groups.widths, widths), ranking)
             masked = mask_(copy.deepcopy(model), groups)
             masked.set(torch.from_numpy(keep).to(torch.float32))
-            masked_error = max(masked_error, _distance(masked.model(*inputs), resize(program, keep).eval()(*inputs)))
+            masked_errors.append(_distance(masked.model(*inputs), resize(program, keep).eval()(*inputs)))
     kind, reason = (smaller.kind, smaller.reason or "") if smaller is not None else ("module", "")
-    return Check(program, kind, reason, masked_error, cut_error, tolerance)
+    return Check(program, kind, reason, float(np.max(masked_errors)), float(np.max(cut_errors)), tolerance)
 
 
 def _jittered(model: nn.Module, seed: int) -> nn.Module:
@@ -966,18 +1050,13 @@ def _jittered(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """Largest difference between two outputs, relative to the largest value of either."""
-    first, second = _tensors(a), _tensors(b)
-    pairs = list(zip(first, second, strict=True))
-    largest = max(max(float(x.abs().max()), float(y.abs().max())) for x, y in pairs)
-    return max(float((x - y).abs().max()) for x, y in pairs) / (largest or 1.0)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output.float()]
-    values = output.values() if isinstance(output, Mapping) else output
-    return [tensor for value in values for tensor in _tensors(value)]
+    """Largest difference between two outputs, relative to the largest value of either; NaN where one holds such."""
+    first, second = (
+        torch.cat([leaf.double().flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+        for output in (a, b)
+    )
+    largest = torch.maximum(first.abs().max(), second.abs().max())
+    return float((first - second).abs().max() / largest.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _parse_budget(budget: str | Budget | None, budget_ms: float | None) -> Budget:
@@ -991,6 +1070,11 @@ def _parse_budget(budget: str | Budget | None, budget_ms: float | None) -> Budge
 def _pays(columns: Mapping[str, float]) -> bool:
     """Whether column kernels were measured to be worth it."""
     return columns["with_ms"] < COLUMNS_PAY * columns["without_ms"]
+
+
+def _proof(chosen: Allocation) -> dict[str, Any]:
+    """How far an allocation may be from the best one, and who found it."""
+    return {"optimality_gap": chosen.gap, "allocator": chosen.method}
 
 
 def _parameters(module: nn.Module) -> int:

@@ -235,10 +235,16 @@ def _table(result: Row) -> str:
 def _latency(result: Row, rounds: Sequence[Row]) -> str:
     """Bars against the budget line, and the rounds that led there."""
     figure = _latency_figure(result)
-    trail = ""
+    said = []
     if len(rounds) > 1:
         steps = ", ".join(f"{_ms(r['measured_ms'])} ({r['measured_ms'] / r['budget_ms']:.1%})" for r in rounds)
-        trail = f'<p class="caption">Measured after each allocation: {steps} of the budget.</p>'
+        said.append(f"Measured after each allocation: {steps} of the budget.")
+    if rounds and "optimality_gap" in rounds[-1]:
+        gap, solver = rounds[-1]["optimality_gap"], rounds[-1]["allocator"]
+        said.append(f"Optimality gap of the last allocation, by {solver}: {gap:.2%} of the range of values.")
+    if "prediction_residual" in result:
+        said.append(f"Where the latency model was calibrated it was off by {result['prediction_residual']:.1%}.")
+    trail = f'<p class="caption">{" ".join(said)}</p>' if said else ""
     return f"<section><h2>Latency</h2>{figure}{trail}</section>" if figure else ""
 
 

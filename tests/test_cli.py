@@ -123,7 +123,15 @@ WRONG = {
     "export of nothing": (lambda f: ["export", f.tmp / "none", f.tmp / "x.onnx"], "is not a folder"),
     "input in words": (lambda f: ["check", "resnet8", "--input", "big"], "write the sizes with commas"),
     "model that cannot be exported": (lambda f: ["check", "test_cli:Branching", "--input", "1,3,8,8"], "test_cli.py"),
-    "input that does not fit": (lambda f: ["check", "resnet8", "--input", "1,3"], "cannot be exported"),
+    "input that does not fit": (lambda f: ["check", "resnet8", "--input", "1,3"], "does not take 1 input of 1x3"),
+    "pin without width": (lambda f: [*PRUNE, "--pin", "conv1"], "write GROUP=WIDTH"),
+    "pin of no group": (
+        lambda f: [*PRUNE, "--pin", "conv9=4", "--table", f.table],
+        "no group 'conv9'; there are conv1, ",
+    ),
+    "pin above the width": (lambda f: [*PRUNE, "--pin", "conv1=99", "--table", f.table], "conv1 can have 1 to 16"),
+    "merge into a table that is there": (lambda f: ["tables", f.table, "--merge", f.table], "exists; name a file"),
+    "merge of nothing": (lambda f: ["tables", "--merge", f.tmp / "m.jsonl"], "no latency tables to merge"),
     "runtime": (lambda f: ["measure", "resnet8", "--runtime", "steam"], "runtime='steam'"),
     "device": (lambda f: ["measure", "resnet8", "--device", "tpu"], "device='tpu'"),
     "threads": (lambda f: ["measure", "resnet8", "--threads", "0"], "--threads"),
@@ -196,6 +204,25 @@ def test_profile_writes_a_table_that_tables_reads(capsys, tmp_path):
     _, out, _ = run(capsys, "tables", path, "--json")
     assert json.loads(out)[0]["this_machine"] is True
     assert json.loads(out)[0]["measurements"] > 0
+
+
+def test_tables_are_merged(capsys, finished, tmp_path):
+    other = tmp_path / "other.jsonl"
+    header, *records = (finished / "t.jsonl").read_text().splitlines()
+    other.write_text("\n".join([header, *records[: len(records) // 2]]) + "\n")
+    code, out, _ = run(capsys, "tables", other, finished / "t.jsonl", "--merge", tmp_path / "all.jsonl", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["measurements"] == len(records)
+
+
+def test_a_network_is_measured_as_it_was_pruned_for(capsys, finished):
+    code, out, _ = run(capsys, "measure", finished / "run", "--rounds", "1", "--json")
+    assert code == 0
+    assert (
+        json.loads(out)["target"] == json.loads((finished / "run" / "result.json").read_text())["target"]["description"]
+    )
+    _, out, _ = run(capsys, "measure", finished / "run", "--rounds", "1", "--threads", "2", "--json")
+    assert "2 threads" in json.loads(out)["target"]
 
 
 def test_shipped_tables_are_listed(capsys):

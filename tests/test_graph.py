@@ -198,7 +198,7 @@ class DataDependent(nn.Module):
         return self.last(x)
 
 
-def test_a_model_that_cannot_be_exported_says_where_and_what_to_do():
+def test_a_model_that_cannot_be_exported_says_where_and_what_to_do(capfd):
     with pytest.raises(UnsupportedModel) as caught:
         trace(DataDependent(), (torch.randn(2, 4),))
     message = str(caught.value)
@@ -206,6 +206,12 @@ def test_a_model_that_cannot_be_exported_says_where_and_what_to_do():
     assert "if x.sum() > 0" in message or "test_graph.py" in message
     assert "torch.export.export(" in message
     assert "\n" not in message
+    assert capfd.readouterr().err == ""  # the exporter's own prints
+
+
+def test_inputs_that_the_model_does_not_take_are_said():
+    with pytest.raises(InvalidInput, match=r"does not take 1 input of 1x4x5: its forward raised RuntimeError"):
+        trace(load_model("resnet8"), torch.randn(1, 4, 5))
 
 
 def test_keep_first_and_keep_top(resnet):

@@ -95,9 +95,45 @@ def test_latency_budget_ends_in_a_measurement(data, example, table, tmp_path):
         assert str(out) in str(missed)
     assert result["budget_ms"] == pytest.approx(0.7 * result["dense_ms"])
     assert result["met"] == (result["measured_ms"] <= result["budget_ms"])
+    assert result["prediction_residual"] > 0
     assert 1 <= len(result["rounds"]) <= 6
+    assert all(0 <= row["optimality_gap"] <= 1 and row["allocator"] in ("milp", "greedy") for row in result["rounds"])
+    assert "Optimality gap of the last allocation" in (out / "report.html").read_text()
     assert json.loads((out / "result.json").read_text()) == result
     assert hwprune.load(out)(example).shape == (64, 10)
+
+
+def test_a_budget_in_milliseconds(data, example, table):
+    dense_ms = Pruning(
+        dense(), example, budget="50%flops", table=table, profile_seconds=1, progress=False
+    ).goal.dense_ms
+    try:
+        result = prune(data, example, table, budget=None, budget_ms=0.8 * dense_ms).result
+    except BudgetMissed as missed:
+        result = missed.result
+    assert (result["budget"], result["budget_ms"]) == (f"{0.8 * dense_ms:g}ms", 0.8 * dense_ms)
+    assert result["met"] == (result["measured_ms"] <= 0.8 * dense_ms)
+    assert result["parameters"] < result["dense_parameters"]
+
+
+@pytest.mark.parametrize("method", ["dsa", "magnitude", "uniform"])
+def test_widths_keep_to_what_the_user_binds_them_to(data, example, table, method):
+    said = []
+    run = {"method": method, "dense_epochs": 0, "search_epochs": 1, "epochs": 0, "say": said.append}
+    bound = {"minimum": 6, "multiple": 4, "pinned": {"conv1": 10}}
+    pruned = prune(data, example, table, budget="60%flops", **bound, **run)
+    widths, full = pruned.result["widths"], dict(zip(*groups_of(dense(), example), strict=True))
+    assert widths.pop("conv1") == 10
+    assert all(width >= 8 and (width % 4 == 0 or width == full[name]) for name, width in widths.items())
+    assert any(width < full[name] for name, width in widths.items())
+    assert any("optimality gap" in line for line in said)
+    with pytest.raises(InfeasibleBudget, match="below the floor"):
+        prune(data, example, table, budget="60%flops", minimum=64, **run)
+
+
+def groups_of(model, example):
+    groups = hwprune.trace(model, example).groups
+    return groups.names, groups.widths.tolist()
 
 
 class Interrupted:
@@ -136,6 +172,34 @@ def test_an_interrupted_run_continues_to_the_same_weights(data, example, table, 
     torch.testing.assert_close(dict(continued.module.state_dict()), dict(whole.module.state_dict()))
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["trace", "profile", "_goal", "_allocate", "refit_", "cut", "recalibrate", "evaluate", "_race", "report.write"],
+)
+def test_an_interruption_anywhere_loses_nothing(data, example, table, tmp_path, monkeypatch, place):
+    """Ctrl-C as each step of the line begins: the run goes on, and ends with the widths of one that was left alone."""
+    run = {"out": tmp_path / "run", "resume": True, "refit": True, "calibration_loader": data.calibration}
+    run |= {"dense_epochs": 0, "search_epochs": 1, "epochs": 1}
+    whole = prune(data, example, table, **{**run, "out": tmp_path / "whole"})
+    before = table.read_text()
+    owner = {"_goal": Pruning, "_allocate": Pruning, "_race": Pruning, "report.write": pipeline.report}.get(
+        place, pipeline
+    )
+    name = {"profile": "profile_program", "report.write": "write"}.get(place, place)
+
+    def interrupted(*args, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(data, example, table, **run)
+    assert table.read_text() == before
+    continued = prune(data, example, table, **run)
+    assert continued.result["widths"] == whole.result["widths"]
+    torch.testing.assert_close(dict(continued.module.state_dict()), dict(whole.module.state_dict()))
+
+
 def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
     class Untouchable:
         def __len__(self):
@@ -155,9 +219,24 @@ def test_resuming_with_other_settings_is_refused(data, example, table, tmp_path)
         prune(
             data, example, table, out=tmp_path, dense_epochs=0, search_epochs=0, epochs=3, method="uniform", resume=True
         )
+    settings = {"dense_epochs": 0, "search_epochs": 0, "epochs": 0, "method": "uniform", "resume": True}
+    with pytest.raises(InvalidInput, match=r"inputs \['64x1x8x8 float32'\], not inputs \['32x1x8x8 float32'\]"):
+        prune(data, example[:32], table, out=tmp_path, **settings)
+    with pytest.raises(InvalidInput, match="multiple 1, not multiple 4"):
+        prune(data, example, table, out=tmp_path, multiple=4, **settings)
     (tmp_path / "state" / "run.json").write_text('{"settings": ')
     with pytest.raises(HwpruneError, match="start again without --resume"):
         prune(data, example, table, out=tmp_path, resume=True)
+
+
+def test_what_is_refused_leaves_the_run_that_was_there(data, example, table, tmp_path):
+    prune(data, example, table, out=tmp_path, dense_epochs=0, search_epochs=0, epochs=0, method="uniform")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for refused in ({"budget": "1%"}, {"budget": "0.01%flops"}, {"model": Branching()}, {"pinned": {"conv9": 1}}):
+        with pytest.raises(HwpruneError):
+            prune(data, example, table, out=tmp_path, **refused)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    hwprune.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +307,31 @@ def test_check_holds_and_notices(example):
     assert found.masked_error < 1e-5
     strict = pipeline.check(dense(), example, tolerance=-1.0)
     assert not strict.holds
+
+
+class Returns(nn.Module):
+    """Two convolutions, and whatever `shape_output` makes of what they return."""
+
+    def __init__(self, shape_output):
+        super().__init__()
+        self.shape_output = shape_output
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    def forward(self, x):
+        return self.shape_output(self.layers(x))
+
+
+@pytest.mark.parametrize(
+    "shape_output", [lambda y: (y, None), lambda y: {"y": y, "n": 3}, lambda y: [y, [y.sum(), y > 0]]]
+)
+def test_check_takes_outputs_that_are_not_all_tensors(shape_output, example):
+    assert pipeline.check(Returns(shape_output), example).holds
+
+
+def test_check_does_not_hold_where_the_output_is_not_a_number(example):
+    found = pipeline.check(Returns(lambda y: y / (y - y)), example)
+    assert len(found.program.groups) == 1
+    assert not found.holds
 
 
 def test_check_jitters_what_would_hide_a_wrong_channel():

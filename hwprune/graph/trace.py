@@ -1,9 +1,11 @@
 """Model in, labelled program out: `torch.export` at the inference level, flattened to one graph of ATen calls."""
 
 import copy
+import io
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from hwprune.errors import UnsupportedModel
+from hwprune.errors import InvalidInput, UnsupportedModel
 from hwprune.graph.blocks import Blocks
 from hwprune.graph.groups import Groups, find_groups
 from hwprune.graph.labels import Labels, mutates, propagate
@@ -67,18 +69,45 @@ def trace(
     """Export `model` on `example_inputs` and label its channels.
 
     attention: what stays free in an attention, whole heads or the dims inside every head.
-    Raises UnsupportedModel, with the place, where `torch.export` cannot follow the forward.
+    Raises InvalidInput where the forward itself does not take the inputs, and UnsupportedModel, with the place, where
+    `torch.export` cannot follow it.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     with inference_mode_of(model):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # exporters deprecate their own internals; nothing a user can act on
+            with _silence():
                 exported = torch.export.export(model, inputs)
         except Exception as error:
+            _try_forward(model, inputs)
             raise UnsupportedModel(_export_failure(model, error)) from error
     module, constants = _flatten(exported)
     return Program(name or type(model).__name__, module, inputs, attention, constants)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Exporters warn of their own internals, and print graphs before they fail: nothing a user can act on."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _try_forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raise InvalidInput where the forward fails without an exporter, too."""
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        given = ", ".join("x".join(map(str, x.shape)) or "a scalar" for x in inputs)
+        raise InvalidInput(
+            f"{type(model).__name__} does not take {len(inputs)} input{'s' * (len(inputs) != 1)} of {given}: its "
+            f"forward raised {type(error).__name__}: {_first_line(error)}; give the shapes that it is made for."
+        ) from error
 
 
 @contextmanager
@@ -193,11 +222,15 @@ def _fold_constants(module: fx.GraphModule) -> set[str]:
 
 
 def _export_failure(model: nn.Module, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     frames = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
     place = f" at {frames[-1]}" if frames else ""
     return (
-        f"{type(model).__name__} cannot be exported{place}: {first} "
+        f"{type(model).__name__} cannot be exported{place}: {_first_line(error)}. "
         f"Rewrite that line without data-dependent control flow, or prune the part of the model that exports: "
         f"torch.export.export(part, inputs) must succeed."
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

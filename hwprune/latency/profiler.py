@@ -136,7 +136,7 @@ def _ladder(width: int) -> Ints:
 
 @dataclass
 class _Progress:
-    """A bar with the time left, on a terminal; silent elsewhere or when not asked for."""
+    """A bar with the time left on a terminal, one line elsewhere, nothing when not asked for."""
 
     shown: bool
     total_s: float
@@ -151,6 +151,8 @@ class _Progress:
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
             self._bar.add_task("profiling", total=1.0, note="")
+        elif self.shown:
+            print(f"profiling for about {self.total_s:.0f} s", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -241,7 +243,7 @@ class _Profiler:
         inputs = self.plan.program.example_inputs
         self.reference = Reference.start(build(self.target, dense), inputs, self.target)
         again: list[tuple[Ints, str]] = []
-        with _Progress(progress, self.seconds) as bar:
+        with _Progress(progress, self.seconds - self.spent_s) as bar:
             while not self.finished:
                 widths, role = self.next_vector()
                 self.sample(widths, role, again)

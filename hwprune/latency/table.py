@@ -99,8 +99,13 @@ class LatencyTable:
         now = round(time.time(), 3)
         new = [_check(self.path, None, {**record, "time": record.get("time", now)}) for record in records]
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record, separators=(",", ":")) + "\n" for record in new))
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(record, separators=(",", ":")) + "\n" for record in new))
+            except OSError as error:
+                raise InvalidInput(
+                    f"cannot add to the latency table {self.path}: {error.strerror}; what it holds already stays good."
+                ) from error
         self.records.extend(new)
 
     def of_program(self, program: str) -> list[dict[str, Any]]:
