@@ -262,6 +262,10 @@ def prune(
     dense_epochs: Annotated[int, typer.Option(help="Epochs of training the dense model first.", min=0)] = 0,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of every phase; 0.1 by default.")] = None,
     train_batch: Annotated[int, typer.Option(help="Images per training step.", min=2)] = 128,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Anything else of hwprune.train.Recipe, such as label_smoothing=0.1."),
+    ] = None,
     subset: Annotated[int | None, typer.Option(help="Train on so many images only.")] = None,
     validation: Annotated[
         float, typer.Option(help="Part of the training images held out, for methods that search on others.", min=0)
@@ -291,7 +295,7 @@ def prune(
     torch.manual_seed(seed)
     network = load_model(model, classes=loaded.classes, in_channels=loaded.shape[0], weights=weights)
     example = torch.randn((batch, *loaded.shape), generator=torch.Generator().manual_seed(seed))
-    recipe = Recipe(batch_size=train_batch) if lr is None else Recipe(batch_size=train_batch, lr=lr)
+    training = _recipe(recipe, lr, train_batch)
     missed: pipeline.BudgetMissed | None = None
     try:
         pruned = pipeline.prune(
@@ -310,7 +314,7 @@ def prune(
             minimum=minimum,
             multiple=multiple,
             pinned=_pins(pin),
-            recipe=recipe,
+            recipe=training,
             epochs=epochs,
             search_epochs=search_epochs,
             dense_epochs=dense_epochs,
@@ -545,6 +549,8 @@ def bench(
 ) -> int:
     """Time the operators on this machine, or look at their compiled code without a GPU."""
     if not static:
+        if as_json:
+            raise InvalidInput("benchmarks write their own JSON, under benchmarks/results; --json goes with --static")
         return _run_benchmarks(names)
     if not re.fullmatch(r"\d+(,\d+)*", archs):
         raise InvalidInput(f"--archs {archs!r} is not understood; write numbers with commas, such as 80,90")
@@ -626,6 +632,19 @@ def _options(pairs: Sequence[str] | None) -> dict[str, Any]:
         except ValueError:
             options[name] = text
     return options
+
+
+def _recipe(pairs: Sequence[str] | None, lr: float | None, batch_size: int) -> Recipe:
+    values = _options(pairs)
+    elsewhere = {"epochs", "batch_size", "seed", "lr"}  # options of their own
+    known = [name for name in Recipe.__dataclass_fields__ if name not in elsewhere]
+    if unknown := [name for name in values if name not in known]:
+        raise InvalidInput(f"--recipe {unknown[0]} is not known; there are {', '.join(known)}")
+    values |= {"batch_size": batch_size, **({} if lr is None else {"lr": lr})}
+    try:
+        return Recipe(**values)
+    except TypeError as error:
+        raise InvalidInput(f"--recipe {' '.join(pairs or ())} has a value of the wrong kind: {error}") from error
 
 
 def _pins(pairs: Sequence[str] | None) -> dict[str, int] | None:

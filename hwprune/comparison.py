@@ -30,7 +30,14 @@ except ImportError:  # not a POSIX system: one process at a time
     fcntl = None  # type: ignore[assignment]
 
 Row = Mapping[str, Any]
-_LEFT_OUT = ("settings", "versions", "groups", "target", "rounds")  # of result.json; the run's folder keeps them
+_LEFT_OUT = (
+    "settings",
+    "versions",
+    "groups",
+    "target",
+    "rounds",
+    "frontier",
+)  # of result.json; the run's folder keeps them
 
 
 @dataclass(frozen=True)

@@ -389,6 +389,7 @@ class Pruning:
             "flops": float(self._of_method(self.flops).price(widths)),
             "widths": dict(zip(self.program.groups.names, widths.tolist(), strict=True)),
             "groups": [asdict(share) for share in shares],
+            "frontier": [dict(row) for row in self.goal.frontier],
             "rounds": [dict(row) for row in self.plan.rounds],
             "columns": self.plan.columns and {**self.plan.columns, "deployed": self.plan.deploys_columns},
             "wall_s": self.run.wall(),

@@ -36,6 +36,20 @@ def _torchvision_schemas() -> torch.library.Library | None:
 _TORCHVISION = _torchvision_schemas()  # the declarations last as long as this object
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "source_tree: needs the sources beside the tests, which an installed wheel lacks"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if not (Path(__file__).parents[1] / "setup.py").exists():
+        skipped = pytest.mark.skip(reason="the tests lie outside the source tree")
+        for item in items:
+            if item.get_closest_marker("source_tree"):
+                item.add_marker(skipped)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

@@ -111,3 +111,9 @@ def test_importing_hwprune_is_light():
 def test_importing_everything_loads_no_optional_library():
     loaded = modules_after("import hwprune.cli, hwprune.pipeline")
     assert "hwprune.search" in loaded and not loaded & {*HEAVY, "hwprune._cpp", "hwprune._cuda"}
+
+
+@pytest.mark.parametrize("path, module", SOURCES)
+def test_devices_are_named_where_they_are_timed_or_computed_on(path, module):
+    if module[1] not in ("latency", "ops", "kernels", "cli"):  # the command line names them in its help
+        assert "cuda" not in path.read_text().lower()

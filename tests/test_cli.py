@@ -132,6 +132,10 @@ WRONG = {
     "pin above the width": (lambda f: [*PRUNE, "--pin", "conv1=99", "--table", f.table], "conv1 can have 1 to 16"),
     "merge into a table that is there": (lambda f: ["tables", f.table, "--merge", f.table], "exists; name a file"),
     "merge of nothing": (lambda f: ["tables", "--merge", f.tmp / "m.jsonl"], "no latency tables to merge"),
+    "recipe of nothing": (lambda f: [*PRUNE, "--recipe", "speed=1"], "there are optimizer, momentum"),
+    "recipe out of range": (lambda f: [*PRUNE, "--recipe", "label_smoothing=2"], "0 or more and below 1"),
+    "recipe of the wrong kind": (lambda f: [*PRUNE, "--recipe", "momentum=much"], "of the wrong kind"),
+    "json of timings": (lambda f: ["bench", "--json"], "--json goes with --static"),
     "runtime": (lambda f: ["measure", "resnet8", "--runtime", "steam"], "runtime='steam'"),
     "device": (lambda f: ["measure", "resnet8", "--device", "tpu"], "device='tpu'"),
     "threads": (lambda f: ["measure", "resnet8", "--threads", "0"], "--threads"),
@@ -281,13 +285,13 @@ def test_ctrl_c_says_how_to_continue(capsys, tmp_path, phase, sign):
     assert last.startswith(f"interrupted during {phase}: what was measured and trained is kept; continue with: hwprune")
     assert last.endswith("--resume")
     assert "Traceback" not in err
-    state = json.loads((out / "state" / "run.json").read_text())
-    assert phase not in state["done"]
-    if phase == "profile":  # the table is good: what comes next reads it
+    if phase == "profile":  # nothing is accepted yet, but the table is good: what comes next reads it
+        assert not (out / "state").exists()
         code, listed, _ = run(capsys, "tables", out / "table.jsonl", "--json")
         assert code == 0
         assert json.loads(listed)[0]["measurements"] > 0
     else:
+        assert phase not in json.loads((out / "state" / "run.json").read_text())["done"]
         assert torch.load(out / "state" / "dense.checkpoint", weights_only=True)
 
 

@@ -17,7 +17,10 @@ from hwprune.latency import flops_model
 from hwprune.models import load_model
 from hwprune.search import METHODS, Search, create, method_class
 
-PAGE = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+PATH = Path(__file__).parents[1] / "docs" / "methods.md"
+if not PATH.exists():
+    pytest.skip("the tests lie outside the source tree", allow_module_level=True)
+PAGE = PATH.read_text(encoding="utf-8")
 EXAMPLE, LINE, USE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 

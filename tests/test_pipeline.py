@@ -394,6 +394,7 @@ def test_measure_gives_quantiles(example):
     assert sample.count >= 2
 
 
+@pytest.mark.source_tree
 def test_own_loop_example(tmp_path, monkeypatch):
     source = importlib.util.spec_from_file_location("own_loop", ROOT / "examples" / "own_loop.py")
     own_loop = importlib.util.module_from_spec(source)
@@ -405,6 +406,7 @@ def test_own_loop_example(tmp_path, monkeypatch):
     assert (tmp_path / "spec.json").is_file()
 
 
+@pytest.mark.source_tree
 def test_readme_example_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -170,6 +170,19 @@ def test_clip_norm_bounds_the_step():
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+def test_label_smoothing_and_adamw_are_those_of_torch():
+    recipe = Recipe(epochs=1, optimizer="adamw", lr=0.01, momentum=0.8, weight_decay=0.1, label_smoothing=0.3)
+    model, expected = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    fit(model, batches(count=1), recipe, progress=False)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.01, betas=(0.8, 0.999), weight_decay=0.1)
+    for x, y in batches(count=1):
+        torch.nn.functional.cross_entropy(expected(x), y, label_smoothing=0.3).backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_distillation_is_the_softened_divergence():
     student, teacher, temperature = torch.randn(5, 7), torch.randn(5, 7), 3.0
     p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
