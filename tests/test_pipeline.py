@@ -172,32 +172,43 @@ def test_an_interrupted_run_continues_to_the_same_weights(data, example, table, 
     torch.testing.assert_close(dict(continued.module.state_dict()), dict(whole.module.state_dict()))
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["trace", "profile", "_goal", "_allocate", "refit_", "cut", "recalibrate", "evaluate", "_race", "report.write"],
-)
-def test_an_interruption_anywhere_loses_nothing(data, example, table, tmp_path, monkeypatch, place):
-    """Ctrl-C as each step of the line begins: the run goes on, and ends with the widths of one that was left alone."""
-    run = {"out": tmp_path / "run", "resume": True, "refit": True, "calibration_loader": data.calibration}
-    run |= {"dense_epochs": 0, "search_epochs": 1, "epochs": 1}
-    whole = prune(data, example, table, **{**run, "out": tmp_path / "whole"})
+LINE = {
+    "trace": pipeline,
+    "profile_program": pipeline,
+    "_goal": Pruning,
+    "_allocate": Pruning,
+    "refit_": pipeline,
+    "cut": pipeline,
+    "recalibrate": pipeline,
+    "evaluate": pipeline,
+    "_race": Pruning,
+    "write": pipeline.report,
+}
+REFITTED = {"dense_epochs": 0, "search_epochs": 1, "epochs": 1, "refit": True}
+
+
+@pytest.fixture(scope="module")
+def left_alone(data, example, profiled):
+    return prune(data, example, profiled, calibration_loader=data.calibration, **REFITTED)
+
+
+@pytest.mark.parametrize("step", LINE)
+def test_an_interruption_anywhere_loses_nothing(data, example, table, tmp_path, monkeypatch, left_alone, step):
+    """Ctrl-C as each step of the line begins: the run goes on, and ends with the weights of one that was left alone."""
+    run = {"out": tmp_path / "run", "resume": True, "calibration_loader": data.calibration, **REFITTED}
     before = table.read_text()
-    owner = {"_goal": Pruning, "_allocate": Pruning, "_race": Pruning, "report.write": pipeline.report}.get(
-        place, pipeline
-    )
-    name = {"profile": "profile_program", "report.write": "write"}.get(place, place)
 
     def interrupted(*args, **keywords):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, interrupted)
+        patched.setattr(LINE[step], step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             prune(data, example, table, **run)
     assert table.read_text() == before
     continued = prune(data, example, table, **run)
-    assert continued.result["widths"] == whole.result["widths"]
-    torch.testing.assert_close(dict(continued.module.state_dict()), dict(whole.module.state_dict()))
+    assert continued.result["widths"] == left_alone.result["widths"]
+    torch.testing.assert_close(dict(continued.module.state_dict()), dict(left_alone.module.state_dict()))
 
 
 def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
