@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from tolerance import assert_as_accurate
 from torch import nn
 from torch.nn import functional as F
 
@@ -386,6 +387,46 @@ def test_column_pruned_conv_uses_only_its_columns():
     kept = torch.zeros_like(weight).index_copy(1, columns, weight[:, columns]).view(5, 3, 3, 4).permute(0, 3, 1, 2)
     torch.testing.assert_close(pruned(x), F.conv2d(x, kept, conv.bias, stride=2, padding=1))
     assert torch.equal(pruned.state_dict()["columns"], columns)
+
+
+def autocast_run(dtype, build):
+    """y and the gradients of x and of all parameters, from what `build` makes of a convolution, under autocast to
+    bfloat16 (which leaves float64 alone)."""
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(24, 16, 3, padding=1).to(dtype), torch.randn(2, 24, 9, 7).to(dtype).requires_grad_()
+    run = build(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(x)
+    upstream = torch.randn(y.shape).to(torch.bfloat16).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, conv.weight, conv.bias], upstream)]
+
+
+@pytest.mark.parametrize("kind", ["masks", "columns"])
+def test_convolutions_follow_autocast_as_torchs_own_do(kind):
+    columns = torch.arange(0, 24 * 9, 2)
+    in_mask, out_mask = (torch.arange(24) % 3 != 0).float() / 2, (torch.arange(16) % 4 != 0).float()
+
+    def ours(conv):
+        if kind == "columns":
+            return ColumnPrunedConv2d.from_conv(conv, columns)
+        masked = MaskedConv2d.from_conv(conv)
+        masked.in_mask, masked.out_mask = in_mask, out_mask
+        return masked
+
+    def torchs(conv):
+        listed = torch.zeros(24 * 9).index_fill(0, columns, 1).view(3, 3, 24).permute(2, 0, 1).to(conv.weight.dtype)
+        inner, outer = in_mask.to(listed.dtype).view(-1, 1, 1), out_mask.to(listed.dtype).view(-1, 1, 1)
+        if kind == "columns":
+            return lambda x: F.conv2d(x, conv.weight * listed, conv.bias, padding=1)
+        return lambda x: F.conv2d(x * inner, conv.weight, conv.bias, padding=1) * outer
+
+    f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+    actual, plain, truth = autocast_run(f32, ours), autocast_run(f32, torchs), autocast_run(f64, torchs)
+    assert [tensor.dtype for tensor in actual] == [bf16, f32, f32, f32]
+    assert autocast_run(f64, ours)[0].dtype == f64
+    for found, expected, exact in zip(actual, plain, truth, strict=True):
+        # Every gradient is rounded to bfloat16 on its way.
+        assert_as_accurate(found.to(bf16), expected.to(bf16), exact)
 
 
 def test_columns_of_a_cut_network_are_numbered_as_in_the_dense_one():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_accurate
+from tolerance import assert_as_accurate, relative_rms
 from torch import nn
 
 from hwprune import ops
@@ -346,13 +346,33 @@ class Network(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.register_buffer("columns", torch.arange(0, 72, 3))
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, residual=None):
         how = {"backend": self.backend}
         x = ops.masked_conv2d(x, self.first.weight, out_mask=mask, shift=self.first.bias, act="relu", padding=1, **how)
         stats = ops.masked_conv2d(x, self.second.weight, in_mask=mask, out_mask=mask, padding=1, stats=True, **how)
-        x, _, _ = ops.masked_bn_act(*stats, self.norm.weight, self.norm.bias, mask=mask, residual=x, act="silu", **how)
+        norm = self.norm.weight, self.norm.bias
+        residual = x if residual is None else residual
+        x, _, _ = ops.masked_bn_act(*stats, *norm, mask=mask, residual=residual, act="silu", **how)
         x = ops.masked_conv2d(x, self.second.weight, columns=self.columns, padding=1, **how)
         return ops.masked_conv2d(x, self.third.weight, shift=self.third.bias, act="gelu", **how)
+
+
+def test_a_network_follows_autocast_compiled_or_not():
+    """The residual, in float32 as a sum would leave it, is taken in the dtype of what it is added to."""
+    x, mask = torch.randn(2, 3, 6, 5), torch.tensor([1, 0, 0.5, 1, 0, 0, 1, 0.25], requires_grad=True)
+    residual = torch.randn(2, 8, 6, 5)
+    network = Network("auto")
+    exact = network(x, mask, residual)
+    leaves = [mask, *network.parameters()]
+    exact_grads = torch.autograd.grad(exact.square().sum(), leaves)
+    for run in (network, torch.compile(network, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x, mask, residual)
+        assert y.dtype == torch.bfloat16
+        grads = torch.autograd.grad(y.float().square().sum(), leaves)
+        for ours, theirs in zip([y.detach().float(), *grads], [exact.detach(), *exact_grads], strict=True):
+            assert ours.dtype == torch.float32
+            assert relative_rms(ours, theirs.double()) < 0.03
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])

@@ -50,7 +50,8 @@ def masked_conv2d(
 
     Masks are real in [0, 1]. A channel whose mask is exactly 0 is not read, its output is written as zeros or as the
     residual alone, and no gradient flows through it, into its mask included. Sums are taken in float32 at least.
-    Results are channels_last on a CUDA device, and in the memory format of x on the CPU.
+    Results are channels_last on a CUDA device, and in the memory format of x on the CPU. Under autocast x, weight and
+    residual are taken in its dtype, as by torch's own convolutions.
 
     Args:
         columns: [K] int64, strictly increasing; the weight columns that are computed, numbered
@@ -73,6 +74,9 @@ def masked_conv2d(
             f"x {list(x.shape)} and weight {list(weight.shape)} with groups={groups} do not fit: "
             "x must be [N, Cin, H, W] and weight [Cout, Cin / groups, kH, kW]"
         )
+    if (cast := _autocast_dtype(x.device)) is not None:
+        x, weight = _cast(x, cast), _cast(weight, cast)
+        residual = None if residual is None else _cast(residual, cast)
     if not x.is_floating_point() or weight.dtype != x.dtype or weight.device != x.device:
         raise InvalidInput(
             f"weight is {weight.dtype} on {weight.device}; it must be floating and like x, {x.dtype} on {x.device}"
@@ -126,7 +130,7 @@ def masked_bn_act(
         x, sums, squares: what masked_conv2d(..., stats=True) returned; gradients flow into all three.
         weight, bias: [C], BatchNorm's.
         mask: [C] in [0, 1]; exact zeros are skipped.
-        act, backend: see masked_conv2d.
+        act, backend: see masked_conv2d. Under autocast the residual is taken in the dtype of x.
 
     Returns:
         [N, C, H, W], the batch's mean [C] and its biased variance [C].
@@ -139,6 +143,8 @@ def masked_bn_act(
         raise InvalidInput(f"x {list(x.shape)} must be floating [N, C, H, W] with at least one element per channel")
     _check_channels(x, x.shape[1], sums=sums, squares=squares, weight=weight, bias=bias, mask=mask)
     _check_act(act)
+    if residual is not None and _autocast_dtype(x.device) is not None:
+        residual = _cast(residual, x.dtype)
     _check_residual(residual, x.shape, x)
     sums, squares, weight, bias = (values.to(_wide(x)) for values in (sums, squares, weight, bias))
     y: Tensor = _bn(x, sums, squares, weight, bias, _accurate(mask, x), residual, act, eps, backend)
@@ -148,6 +154,18 @@ def masked_bn_act(
 
 def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast has convolutions on this device computed in, or None where it is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as autocast hands it on: float64, and what does not float, it leaves alone."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _wide(x: Tensor) -> torch.dtype:
