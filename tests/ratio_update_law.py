@@ -11,6 +11,7 @@ TOLERANCE = 2.0**-16  # of the solver, in units of the sigmoid's argument
 # Beyond 2048 channels the kernels leave their registers; groups begin at multiples of 4 or not.
 WIDTHS = [[1], [3, 5, 1, 7], [64] * 3, [2048, 16], [2049, 300], [5003, 2, 4096]]
 STEP_WIDTHS = [[1, 2], [3, 5, 1, 7], [5003, 2, 1024], [16, 24] * 20]
+SLICED_WIDTHS = [[4, 8], [2048, 16]]  # multiples of four, so that only the arrays' own addresses are odd
 
 
 def ragged(widths, seed=0):
@@ -101,3 +102,21 @@ def check_step(step, widths, seed=0, device="cpu"):
     plain, actual = three_steps(reference, widths, seed), three_steps(step, widths, seed, device=device)
     for ours, torchs, exact in zip(actual, plain, truth, strict=True):
         assert_as_accurate(ours, torchs, exact, slack=1e-6)
+
+
+def check_slices(forward, step, widths, device="cpu"):
+    """Arrays that begin one number past an aligned address give what others give."""
+
+    def sliced(tensor):
+        return torch.cat([tensor.new_full((1,), torch.nan), tensor])[1:]
+
+    theta, importance, offsets, uniforms = (tensor.to(device) for tensor in ragged(widths))
+    expected = forward(theta, importance, offsets, 5.0, uniforms)
+    found = forward(theta, sliced(importance), offsets, 5.0, sliced(uniforms))
+    assert all(map(torch.equal, found, expected))
+
+    theta, grad_mask, p, offsets, tables, *state = step_arguments(widths, device=device)
+    twin, *twins = (tensor.clone() for tensor in (theta, *state))
+    expected = step(theta, grad_mask, p, offsets, tables, 0.4, 0.7, *state, step=1, lr=0.1)
+    found = step(twin, sliced(grad_mask), sliced(p), offsets, tables, 0.4, 0.7, *twins, step=1, lr=0.1)
+    assert all(map(torch.equal, (*found, twin, *twins), (*expected, theta, *state)))

@@ -7,10 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ratio_update_law import (
+    SLICED_WIDTHS,
     STEP_WIDTHS,
     WIDTHS,
     check_forward,
     check_seed,
+    check_slices,
     check_step,
     model_of,
     ragged,
@@ -57,6 +59,13 @@ def test_forward_is_as_accurate_as_plain_torch(backend, widths, temperature):
 @pytest.mark.parametrize("widths", STEP_WIDTHS, ids=str)
 def test_priced_step_is_as_accurate_as_plain_torch(backend, widths):
     check_step(partial(ops.ratio_step_priced, backend=backend), widths, device=DEVICE[backend])
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("widths", SLICED_WIDTHS, ids=str)
+def test_arrays_may_begin_at_any_address(backend, widths):
+    operators = (partial(operator, backend=backend) for operator in (ops.ratio_forward, ops.ratio_step_priced))
+    check_slices(*operators, widths, DEVICE[backend])
 
 
 @property_test

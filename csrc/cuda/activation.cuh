@@ -63,8 +63,6 @@ __host__ __device__ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-inline bool aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // The sum over `rows` of partial [rows, channels] for channel blockIdx.x * 32 + threadIdx.x, in every thread of a block
 // of 32 x kReduceRows; in a fixed order, so that results repeat.
 constexpr int kReduceRows = 32;

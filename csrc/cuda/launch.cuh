@@ -1,12 +1,19 @@
-// Launches with the errors that they return.
+// Launches with the errors that they return, and what decides how they load.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 #define HWPRUNE_TRY(call) \
   if (const cudaError_t error = (call); error != cudaSuccess) return error
 
 namespace hwprune {
+
+// Whether 16 bytes at once may be loaded from there: the chip faults on any other address.
+__host__ __device__ inline bool aligned_16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared, cudaStream_t stream,

@@ -4,8 +4,8 @@
 #include "philox.h"
 #include "soft_threshold.h"
 
-// One block per group. Channels are taken four at a time: one 16-byte load where the group begins at a multiple of
-// four, as the widths of most networks make it, and one Philox block of random numbers.
+// One block per group. Channels are taken four at a time: one 16-byte load where the group begins at such an address,
+// as the widths of most networks make it, and one Philox block of random numbers.
 namespace hwprune {
 namespace {
 
@@ -56,7 +56,7 @@ struct Span {
 
   __device__ Quad load(const float* __restrict__ flat, int at, float outside) const {
     const float* from = flat + first + at;
-    if (first % 4 == 0 && at + 4 <= count) {
+    if (aligned_16(from) && at + 4 <= count) {
       const float4 four = *reinterpret_cast<const float4*>(from);
       return {{four.x, four.y, four.z, four.w}};
     }
@@ -67,7 +67,7 @@ struct Span {
 
   __device__ void store(float* __restrict__ flat, int at, const Quad& quad) const {
     float* to = flat + first + at;
-    if (first % 4 == 0 && at + 4 <= count) {
+    if (aligned_16(to) && at + 4 <= count) {
       *reinterpret_cast<float4*>(to) = {quad.value[0], quad.value[1], quad.value[2], quad.value[3]};
       return;
     }
