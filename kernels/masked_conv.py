@@ -72,6 +72,15 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _widen(value, WIDE: tl.constexpr):
+    """An index, in 64 bits where 32 do not reach. It may be a constexpr: Triton makes one of every argument of 1."""
+    if WIDE:
+        return tl.cast(value, tl.int64)
+    else:
+        return value
+
+
+@triton.jit
 def compact_kernel(mask, order, counts, width, BLOCK: tl.constexpr):
     """order[g] = the channels of group g, those with a mask other than 0 first, both parts increasing."""
     group = tl.program_id(0)
@@ -288,9 +297,9 @@ def conv_kernel(
     tiles_n = tl.cdiv(n_channels, BN)
     tile_n = tl.program_id(0) % tiles_n
     tile_m = tl.program_id(0) // tiles_n
-    m = tile_m * BM + tl.arange(0, BM)
-    if WIDE:
-        m = m.to(tl.int64)
+    m = _widen(tile_m, WIDE) * BM + tl.arange(0, BM)
+    batch = _widen(batch, WIDE)
+    pixel = _widen(groups * k_channels, WIDE)  # elements of a
 
     n = tile_n * BN + tl.arange(0, BN)
     n_ok = n < n_channels
@@ -341,7 +350,7 @@ def conv_kernel(
         a_row = m
     if not BOUNDED:
         a_row = tl.where(row_ok, a_row, 0)
-    a_rows = a + a_row * (groups * k_channels) + group * k_channels  # [BM]
+    a_rows = a + a_row * pixel + group * k_channels  # [BM]
 
     k_active = k_channels
     if k_counts is not None:
@@ -355,8 +364,6 @@ def conv_kernel(
 
     # What the rows of b beyond the active ones yield is dropped at the end: they repeat a row, to need no mask.
     b_n = tl.where(n < n_active, channel, 0)
-    if WIDE:
-        b_n = b_n.to(tl.int64)
     acc = tl.zeros([BM, BN], tl.float32)
     if GATHER:
         b_rows = b + (group * n_channels + b_n) * b_width  # [BN]
@@ -373,7 +380,7 @@ def conv_kernel(
                 h = a_h[:, None] + tap_h[None, :]
                 w = a_w[:, None] + tap_w[None, :]
                 inside = inside & (h >= 0) & (h < a_height) & (w >= 0) & (w < a_width)
-            away = (tap_h * a_width + tap_w) * (groups * k_channels) + column % k_channels
+            away = (tap_h * a_width + tap_w) * pixel + column % k_channels
             a_tile = tl.load(a_rows[:, None] + away[None, :], mask=inside, other=0.0)
             b_tile = tl.load(b_rows[None, :] + k[:, None], mask=(k < b_width)[:, None], other=0.0)
             acc = _dot(a_tile, b_tile, acc, PRECISION)
@@ -387,7 +394,7 @@ def conv_kernel(
             tap_h = tap // taps_w
             tap_w = tap % taps_w
             k = step % blocks_k * BK + tl.arange(0, BK)
-            away = (tap_h * step_h * a_width + tap_w * step_w) * (groups * k_channels)
+            away = (tap_h * step_h * a_width + tap_w * step_w) * pixel
             a_tile_at = a_rows[:, None] + (away + k)[None, :]
             if BOUNDED:
                 h = a_h + tap_h * step_h
@@ -481,6 +488,7 @@ def weight_grad_kernel(
     if (tile_o * BM >= o_active) | (tile_c * BN >= c_active):
         return  # masked throughout: the sum of the partials knows
 
+    pixel = _widen(groups * c_channels, WIDE)  # elements of x
     o = tile_o * BM + tl.arange(0, BM)
     c = tile_c * BN + tl.arange(0, BN)
     # Reading packed zeros, or what lies between the active count and O, is harmless and keeps the vectors whole.
@@ -495,19 +503,16 @@ def weight_grad_kernel(
             column = tl.load(columns + c, mask=c < column_count, other=0).to(tl.int32)
         tap_h = column // c_channels // KW * DH
         tap_w = column // c_channels % KW * DW
-        away = (tap_h * width + tap_w) * (groups * c_channels) + column % c_channels
+        away = (tap_h * width + tap_w) * pixel + column % c_channels
     else:
         if c_counts is not None:
             c_read = (c_active + _PAD - 1) // _PAD * _PAD
         tap_h = tap // KW * DH
         tap_w = tap % KW * DW
-        away = (tap_h * width + tap_w) * (groups * c_channels) + c
+        away = (tap_h * width + tap_w) * pixel + c
 
-    start = split * rows_per_split
-    rows = batch * y_height * y_width
-    if WIDE:
-        start = start.to(tl.int64)
-        rows = batch.to(tl.int64) * y_height * y_width
+    start = _widen(split, WIDE) * rows_per_split
+    rows = _widen(batch, WIDE) * y_height * y_width
     stop = tl.minimum(start + rows_per_split, rows)
     acc = tl.zeros([BM, BN], tl.float32)
     for first in range(start, stop, BK):
@@ -532,7 +537,7 @@ def weight_grad_kernel(
                 h += tap_h
                 w += tap_w
                 inside = (m_ok & (h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None] & (c < c_read)[None, :]
-        x_at = x + (x_row * (groups * c_channels) + group * c_channels)[:, None] + away[None, :]
+        x_at = x + (x_row * pixel + group * c_channels)[:, None] + away[None, :]
         x_tile = tl.load(x_at, mask=inside, other=0.0)
         acc = _dot(g_tile, x_tile, acc, PRECISION)
 
@@ -623,9 +628,8 @@ def depthwise_kernel(
     channels = parts * ALIGN
     tiles_n = tl.cdiv(channels, BN)
     tile_m = tl.program_id(0) // tiles_n
-    m = tile_m * BM + tl.arange(0, BM)
-    if WIDE:
-        m = m.to(tl.int64)
+    m = _widen(tile_m, WIDE) * BM + tl.arange(0, BM)
+    batch = _widen(batch, WIDE)
     c = tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)
     c_ok = c < channels
     summed = c_ok
@@ -712,11 +716,8 @@ def depthwise_weight_grad_kernel(
         active = active & (tl.load(out_mask + c, mask=c_ok, other=0.0) != 0)
     if tl.max(active.to(tl.int32), 0) == 0:
         return
-    start = split * rows_per_split
-    rows = batch * y_height * y_width
-    if WIDE:
-        start = start.to(tl.int64)
-        rows = batch.to(tl.int64) * y_height * y_width
+    start = _widen(split, WIDE) * rows_per_split
+    rows = _widen(batch, WIDE) * y_height * y_width
     stop = tl.minimum(start + rows_per_split, rows)
     acc = tl.zeros([BM, BN], tl.float32)
     for first in range(start, stop, BM):
@@ -966,6 +967,7 @@ _CONFIGS = {
         Config(128, 32, 32, 8, 2),
     ),
 }
+_NARROW = 2**31 - 2**16  # elements that 32 bits count, with room for what a last tile has beyond them
 _INTERPRETER_CONFIG = Config(32, 32, 16, 1, 1)
 _CHOSEN: dict[tuple[object, ...], Config] = {}  # by shape class; measured once per process
 
@@ -1023,8 +1025,9 @@ def _round_up(size: int) -> int:
     return triton.cdiv(size, 16) * 16
 
 
-def _wide(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.numel() >= 2**31 for tensor in tensors)
+def _is_wide(*tensors: Tensor) -> bool:
+    """Whether 32 bits do not address these. Of tensors as kernels see them: packing pads."""
+    return any(tensor.numel() >= _NARROW for tensor in tensors)
 
 
 def _nhwc(tensor: Tensor | None) -> Tensor | None:
@@ -1170,8 +1173,7 @@ def _convolve(
     a_height, a_width = a.shape[2:]
     taps = _taps(geometry, weight.shape)
     stride = taps["SH"], taps["SW"]
-    wide = _wide(a, out, weight)
-    fixed = {**taps, "TRANSPOSED": transposed, "ACT": act, "WIDE": wide}
+    fixed = {**taps, "TRANSPOSED": transposed, "ACT": act}
     sizes = batch, a_height, a_width, height, width
 
     if _is_depthwise(a.shape[1], weight.shape, groups):
@@ -1181,7 +1183,8 @@ def _convolve(
         partials = _vector(a, tiles, sums, channels) if sums else None
         depthwise_kernel[(tiles * triton.cdiv(channels, block),)](
             a, weight, y, raw, residual, factor, scale, shift, in_mask, out_mask, n_mask, partials, *sizes,
-            channels // _align(channels), **fixed, ALIGN=_align(channels), BM=block_rows, BN=block,
+            channels // _align(channels), **fixed, ALIGN=_align(channels), WIDE=_is_wide(a, out), BM=block_rows,
+            BN=block,
         )  # fmt: skip
         return partials.sum(0) if sums else None
 
@@ -1218,7 +1221,8 @@ def _convolve(
             columns, partials, *sizes, n_channels // _align(n_channels), k_stored // _align(k_stored), count, **fixed,
             STEP_H=steps[0], STEP_W=steps[1], K_MAJOR=k_major, GATHER=gather, BOUNDED=bounded,
             EVEN_K=k_mask is None and k_stored % config.depth == 0, N_ALIGN=_align(n_channels),
-            K_ALIGN=_align(k_stored), PRECISION=precision, PARTS=_parts(config, n_mask is not None),
+            K_ALIGN=_align(k_stored), PRECISION=precision, WIDE=_is_wide(a, out),
+            PARTS=_parts(config, n_mask is not None),
             BM=config.rows, BN=config.cols, BK=config.depth,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -1256,6 +1260,9 @@ def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> s
     """Why these kernels cannot take the tensors, or None."""
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
         return f"it takes {', '.join(_DTYPES.values())}, the same for x and weight: not {x.dtype} and {weight.dtype}"
+    out, width, taps = weight.shape[0] // groups, weight.shape[1], weight.shape[2] * weight.shape[3]
+    if groups * taps * max(out * _round_up(width), width * _round_up(out)) >= _NARROW:
+        return "it takes fewer than 2^31 weights, channels rounded up to a multiple of 16"
     if not INTERPRETED and not x.is_cuda:
         return f"x is on {x.device}, and it needs a CUDA device, or TRITON_INTERPRET=1 before the first import"
     return None
@@ -1348,9 +1355,8 @@ def backward_weight(
         out, per_group, positions = weight_shape[0] // groups, weight_shape[1], weight_shape[2] * weight_shape[3]
         gather = _is_gathered(tuple(weight_shape), in_mask, columns)
         count = columns.numel() if columns is not None else per_group * positions
-        wide = _wide(x, grad_raw)
         if _is_depthwise(x.shape[1], tuple(weight_shape), groups):
-            partials = _depthwise_weight_grad(grad_raw, x, in_mask, out_mask, sizes, taps, wide)
+            partials = _depthwise_weight_grad(grad_raw, x, in_mask, out_mask, sizes, taps)
         else:
             o_order, c_order = _compact(out_mask, groups), _compact(in_mask, groups)
             if out_mask is not None:
@@ -1372,8 +1378,8 @@ def backward_weight(
                     grad_raw, x, partials, o_order.order, c_order.order, o_order.counts, c_order.counts, columns,
                     *sizes, out, per_group, o_stored // _align(o_stored), c_stored // _align(c_stored), count,
                     triton.cdiv(rows, splits), **taps, GATHER=gather, O_ALIGN=_align(o_stored),
-                    C_ALIGN=_align(c_stored), PRECISION=precision, WIDE=wide, BM=config.rows, BN=config.cols,
-                    BK=config.depth, num_warps=config.warps, num_stages=config.stages,
+                    C_ALIGN=_align(c_stored), PRECISION=precision, WIDE=_is_wide(x, grad_raw), BM=config.rows,
+                    BN=config.cols, BK=config.depth, num_warps=config.warps, num_stages=config.stages,
                 )  # fmt: skip
                 return partials
 
@@ -1401,7 +1407,6 @@ def _depthwise_weight_grad(
     out_mask: Tensor | None,
     sizes: tuple[int, ...],
     taps: dict[str, int],
-    wide: bool,
 ) -> Tensor:  # [splits, C * taps]
     channels = x.shape[1]
     rows = grad_raw.numel() // channels
@@ -1414,7 +1419,7 @@ def _depthwise_weight_grad(
     taps = {name: value for name, value in taps.items() if name != "KH"}
     depthwise_weight_grad_kernel[(tiles, positions, splits)](
         grad_raw, x, partials, in_mask, out_mask, *sizes, channels // _align(channels), triton.cdiv(rows, splits),
-        **taps, ALIGN=_align(channels), WIDE=wide, BM=block_rows, BN=block,
+        **taps, ALIGN=_align(channels), WIDE=_is_wide(x, grad_raw), BM=block_rows, BN=block,
     )  # fmt: skip
     return partials
 
@@ -1631,6 +1636,7 @@ def static_cases() -> list[dict[str, Any]]:
     pointwise = one | {"BOUNDED": False}
     unpacked = ("o_order", "c_order", "o_counts", "c_counts")
     precise = {"PRECISION": "ieee"}
+    wide = {"WIDE": True, "batch": 1}  # which is a constant in the code, as every argument of 1
     cases = [convolution("3x3", config, dense_absent, {}) for config in half]
     cases += [convolution("3x3 masked", config, masked_absent, masked) for config in scattered]
     cases += [
@@ -1644,7 +1650,9 @@ def static_cases() -> list[dict[str, Any]]:
     cases += [
         convolution("3x3", half[0], dense_absent, {}, fp16),
         convolution("3x3 stride 2", half[0], dense_absent, two),
-        convolution("3x3 int64", half[0], dense_absent, {"WIDE": True}),
+        convolution("3x3 int64", half[0], dense_absent, wide),
+        convolution("3x3 masked input grad int64", scattered[0], masked_grad_absent, masked | transposed | wide),
+        convolution("columns int64", gather[0], columns_absent, {"GATHER": True} | wide),
         convolution("3x3 gelu, raw kept", half[0], dense_absent[1:], {"ACT": "gelu"}),
         convolution("3x3 stats", half[0], (*stats_absent, "mask", "order", "n_counts", "k_counts"), {"ACT": "none"}),
         convolution("3x3 masked stats", half[0], stats_absent, masked | {"ACT": "none"}),
@@ -1661,6 +1669,7 @@ def static_cases() -> list[dict[str, Any]]:
         weight_grad("1x1", weight_half[0], (*unpacked, "columns"), one),
         weight_grad("3x3 masked", weight_half[0], ("columns",), {}),
         weight_grad("columns", gather[0], unpacked, {"GATHER": True}),
+        weight_grad("3x3 int64", weight_half[0], (*unpacked, "columns"), wide),
         weight_grad("3x3 ieee", ieee[0], (*unpacked, "columns"), precise, fp32),
         # The tensor cores want tf32 with the pixels side by side, so the copies are of 4 bytes.
         weight_grad("3x3 tf32", tf32[0], (*unpacked, "columns"), {}, fp32, vectors=False),
@@ -1683,6 +1692,8 @@ def static_cases() -> list[dict[str, Any]]:
         ]
     reduction = {"BM": 64, "BN": 32}
     cases += [
+        _static_case("depthwise 3x3 int64", depthwise_kernel, bf16, ("raw", "factor", "partials"), depthwise | wide),
+        _static_case("depthwise 3x3 weight grad int64", depthwise_weight_grad_kernel, bf16, (), weight_tile | wide),
         _static_case("epilogue grad sum", epilogue_grad_sum_kernel, fp32, (), reduction, vectors=False),
         _static_case("weight grad sum", weight_grad_sum_kernel, bf16, (), {"BLOCK": 256}, vectors=False),
         _static_case("compact", compact_kernel, fp32, (), {"BLOCK": 1024}, vectors=False),

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tolerance import assert_as_accurate
@@ -308,6 +309,69 @@ def test_layouts_do_not_matter():
         assert torch.equal(forward(case, *changed)[0], dense)
 
 
+def everything(case):
+    """What the convolution's five functions return, at the same inputs every time."""
+    torch.manual_seed(0)
+    tensors = inputs(case)
+    x, weight, in_mask, out_mask, *_, columns = tensors
+    y, raw = forward(case, *tensors)
+    arguments = in_mask, out_mask, case.geometry, columns, False
+    grad_x, grad_in_mask = kernels.backward_input(raw, x, weight, *arguments)
+    grad_weight = kernels.backward_weight(raw, x, weight.shape, *arguments)
+    found = y, raw, *kernels.forward_stats(x, weight, *arguments), grad_x, grad_in_mask, grad_weight
+    return [tensor for tensor in found if tensor is not None]
+
+
+WIDE_CASES = ["plain-wide", "masked-strided", "dilated-strided", "grouped", "depthwise-strided", "columns", "one-pixel"]
+
+
+@pytest.mark.parametrize("name", WIDE_CASES)
+def test_addresses_of_64_bits_change_nothing(name, monkeypatch):
+    narrow = everything(CASES[name])
+    monkeypatch.setattr(kernels, "_NARROW", 0)
+    assert all(map(torch.equal, everything(CASES[name]), narrow))
+
+
+def test_padding_counts_where_addresses_may_need_64_bits(monkeypatch):
+    """One channel of 16 takes the memory of 16 once it is packed."""
+    asked = []
+    ask = kernels._is_wide
+    monkeypatch.setattr(kernels, "_is_wide", lambda *tensors: asked.append(ask(*tensors)) or asked[-1])
+    case = Case(cin=1, cout=2, in_keep=1.0, out_keep=1.0)
+    everything(case)
+    assert asked and not any(asked)
+    monkeypatch.setattr(kernels, "_NARROW", 4 * math.prod(inputs(case)[0].shape))
+    asked.clear()
+    everything(case)
+    assert all(asked)
+
+
+def test_pixels_beyond_32_bits_are_read_where_they_lie():
+    """An image of 2^31 elements and more; what is not looked at takes no memory on the CPU."""
+    height, width, channels = 2**14 + 1, 2**13 + 1, 16
+    try:
+        whole = torch.from_numpy(np.zeros((1, height, width, channels), np.float16))
+    except MemoryError:
+        pytest.skip("the system does not give out memory that may never be used")
+    x = whole.to(DEVICE).permute(0, 3, 1, 2)
+    assert x.stride(2) * (height - 1) >= 2**31
+    corners = torch.randn(1, channels, 2, 2, device=DEVICE).half()
+    x[:, :, :: height - 1, :: width - 1] = corners
+    weight, geometry = (
+        torch.randn(3, channels, 1, 1, device=DEVICE).half(),
+        ((height - 1, width - 1), (0, 0), (1, 1), 1),
+    )
+    arguments = None, None, geometry, None, False
+    y, *_ = kernels.forward_stats(x, weight, *arguments)
+    torch.testing.assert_close(y, reference.F.conv2d(corners, weight))
+    upstream = torch.randn_like(y)
+    grad = kernels.backward_weight(upstream, x, weight.shape, *arguments)
+    expected = kernels.backward_weight(
+        upstream, corners, weight.shape, None, None, ((1, 1), (0, 0), (1, 1), 1), None, False
+    )
+    torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize("name", ["plain-wide", "masked", "columns"])
 def test_tf32_is_as_accurate_as_its_factors(name):
     case = CASES[name]
@@ -345,3 +409,5 @@ def test_refusals_name_what_is_possible():
     assert kernels.refusal(x, weight, 1, None) is None
     assert "fp32, fp16, bf16" in kernels.refusal(x.double(), weight.double(), 1, None)
     assert "float16" in kernels.refusal(x.half(), weight, 1, None)
+    wide = torch.zeros((), device=DEVICE).expand(2**10, 2**17, 4, 4)
+    assert "2^31 weights" in kernels.refusal(wide[:1], wide, 1, None)
