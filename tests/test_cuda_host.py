@@ -15,9 +15,21 @@ import pybind11
 import pytest
 import torch
 from conv_backend_law import BATCH_NORMS, CASES, LARGE, check_batch_norm, check_convolution, check_statistics
-from ratio_update_law import SLICED_WIDTHS, STEP_WIDTHS, WIDTHS, check_forward, check_seed, check_slices, check_step
+from ratio_update_law import (
+    SLICED_WIDTHS,
+    STEP_WIDTHS,
+    WIDTHS,
+    check_forward,
+    check_seed,
+    check_slices,
+    check_step,
+    step_arguments,
+)
 
+from hwprune import ops
+from hwprune.errors import BackendUnavailable
 from hwprune.ops import _cuda_conv, _native
+from hwprune.ops.ratio_update import _choose
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "c++")
@@ -101,6 +113,21 @@ def test_ratios_become_masks_as_accurately_as_in_plain_torch(backend, widths):
 @pytest.mark.parametrize("widths", SLICED_WIDTHS, ids=str)
 def test_ratios_may_begin_at_any_address(backend, widths):
     check_slices(ratio_forward, ratio_step_priced, widths)
+
+
+def test_tables_beyond_the_shared_memory_of_a_block_are_refused(backend, monkeypatch):
+    theta, grad_mask, p, offsets, tables, *state = step_arguments([3, 8])
+    needed = _native.module("cuda").ratio_step_shared(len(tables.members), len(tables.base))
+    assert needed > 4 * (3 * len(tables.members) + 2 * len(tables.base))  # what is chosen at launch, and what is not
+    monkeypatch.setitem(_native.HOMES, "cuda", "cpu")
+    for most, cause in ((needed, None), (needed - 1, f"needs {needed} bytes of shared memory for these tables")):
+        monkeypatch.setattr(_native, "shared_memory", lambda device, most=most: most)
+        if cause is None:
+            assert _choose("ratio_step_priced", "cuda", theta, state, tables) == "cuda"
+            continue
+        with pytest.raises(BackendUnavailable, match=cause):
+            ops.ratio_step_priced(theta, grad_mask, p, offsets, tables, 0, 0, *state, step=1, lr=0.1, backend="cuda")
+    ops.ratio_step_priced(theta, grad_mask, p, offsets, tables, 0.0, 0.0, *state, step=1, lr=0.1)
 
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 7, 2**64 - 1])

@@ -13,6 +13,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kQuads = 2;  // per thread, kept in registers; what a group has beyond 2048 channels is read again
 
+using Partials = float2[2][kWarps];  // Block's, in shared memory
+
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
@@ -23,7 +25,7 @@ struct Max {
 // Reductions of two values over the block, each result in every thread. Two buffers in turn: what a call reads is
 // written again only after the barrier of the next, which no thread passes before all have read.
 struct Block {
-  float2 (*partial)[kWarps];  // [2][kWarps] in shared memory
+  Partials& partial;
   int turn = 0;
 
   template <typename Reduce>
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                          const int64_t* __restrict__ offsets, const float* __restrict__ uniforms,
                          float* __restrict__ log_threshold, float* __restrict__ probability, float* __restrict__ mask,
                          float temperature, uint64_t seed) {
-  __shared__ float2 partial[2][kWarps];
+  __shared__ Partials partial;
   Block block{partial};
   const int64_t group = blockIdx.x, start = offsets[group];
   const Span span{start, static_cast<int>(offsets[group + 1] - start)};
@@ -188,6 +190,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) log_threshold[group] = largest + threshold.s / temperature;
 }
 
+// What table_cost keeps in dynamic shared memory.
+int64_t table_bytes(int64_t axes, int64_t terms) {
+  return (3 * axes + 2 * terms) * static_cast<int64_t>(sizeof(float));
+}
+
 // Looks the whole cost up, in every block for itself: the tables are a few thousand numbers, and reading them again
 // from the cache is cheaper than a second launch. The cost, and its derivative by the ratio of `group`, in every
 // thread.
@@ -228,7 +235,7 @@ __device__ float2 table_cost(const CostTables& tables, const float* __restrict__
 
 template <bool kPriced>
 __global__ void __launch_bounds__(kThreads, 1) ratio_step_kernel(RatioStep args, CostTables tables) {
-  __shared__ float2 partial[2][kWarps];
+  __shared__ Partials partial;
   Block block{partial};
   const int64_t group = blockIdx.x, start = args.offsets[group];
   const Span span{start, static_cast<int>(args.offsets[group + 1] - start)};
@@ -280,12 +287,16 @@ cudaError_t ratio_forward(const float* theta, const float* importance, const int
                 uniforms, log_threshold, probability, mask, temperature, seed);
 }
 
+int64_t ratio_step_shared(int64_t axes, int64_t terms) {
+  return static_cast<int64_t>(sizeof(Partials)) + table_bytes(axes, terms);
+}
+
 cudaError_t ratio_step(const RatioStep& args, const CostTables* tables, int64_t groups, cudaStream_t stream) {
   if (groups == 0) return cudaSuccess;
   const unsigned grid = static_cast<unsigned>(groups);
   if (tables == nullptr) return launch(ratio_step_kernel<false>, grid, kThreads, 0, stream, args, CostTables{});
-  const int64_t shared = (3 * tables->axes + 2 * tables->terms) * static_cast<int64_t>(sizeof(float));
-  return launch(ratio_step_kernel<true>, grid, kThreads, static_cast<int>(shared), stream, args, *tables);
+  const int shared = static_cast<int>(table_bytes(tables->axes, tables->terms));
+  return launch(ratio_step_kernel<true>, grid, kThreads, shared, stream, args, *tables);
 }
 
 }  // namespace hwprune

@@ -30,8 +30,11 @@ struct RatioStep {
   float rate, beta1, take1, beta2, take2, correction2, eps;  // lr / (1 - beta1^step), 1 - beta, 1 / (1 - beta2^step)
 };
 
-// One block per group, asynchronous on `stream`. Without `tables` the gradient of the cost is given. With them, the
-// tables' axes and terms must fit in the shared memory of a block, 4 bytes for each of 3 axes + 2 terms.
+// Bytes of shared memory that a block of ratio_step takes with tables of so many axes and terms.
+int64_t ratio_step_shared(int64_t axes, int64_t terms);
+
+// One block per group, asynchronous on `stream`. Without `tables` the gradient of the cost is given. With them,
+// ratio_step_shared must not exceed what the device lets a block have.
 cudaError_t ratio_step(const RatioStep& args, const CostTables* tables, int64_t groups, cudaStream_t stream);
 
 }  // namespace hwprune

@@ -96,6 +96,7 @@ void bind_ratio_update(py::module_& module) {
              py::arg("groups"), py::arg("multiplier"), py::arg("cut"), py::arg("lr"), py::arg("beta1"),
              py::arg("beta2"), py::arg("eps"), py::arg("step"), py::arg("stream"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("ratio_step_shared", &ratio_step_shared, py::arg("axes"), py::arg("terms"));
   module.def("ratio_step_priced", &ratio_update::step_priced, py::arg("grad_mask"), py::arg("probability"),
              py::arg("offsets"), py::arg("tables"), py::arg("sizes"), py::arg("before"), py::arg("theta"),
              py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("ratio_grad"), py::arg("cost"), py::arg("cost_grad"),

@@ -54,6 +54,12 @@ def away(backend: str, device: torch.device) -> bool:
     return not anywhere and device.type != HOMES[backend]
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a CUDA device, if it asks for them."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in torch's stubs
+
+
 def learning(*tensors: torch.Tensor | None) -> bool:
     """Whether a gradient may be asked for with respect to one of these."""
     return torch.is_grad_enabled() and any(given is not None and given.requires_grad for given in tensors)

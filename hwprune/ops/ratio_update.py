@@ -238,8 +238,10 @@ def _check_offsets(offsets: Tensor, channels: int) -> None:
         raise InvalidInput(f"offsets must increase strictly from 0 to {channels}, the number of channels")
 
 
-def _choose(op: str, backend: str, theta: Tensor, updated: Sequence[Tensor] = ()) -> str:
-    """The backend that runs `op` on theta's device and dtype, and updates these in place."""
+def _choose(
+    op: str, backend: str, theta: Tensor, updated: Sequence[Tensor] = (), tables: CostTables | None = None
+) -> str:
+    """The backend that runs `op` on theta's device and dtype, updates these in place, and looks these tables up."""
 
     def refusal(name: str) -> str | None:
         if name == "reference":
@@ -248,7 +250,11 @@ def _choose(op: str, backend: str, theta: Tensor, updated: Sequence[Tensor] = ()
             return f"it takes float32 on {_native.HOMES[name]}, and theta is {theta.dtype} on {theta.device}"
         if not all(tensor.is_contiguous() for tensor in updated):
             return "theta, exp_avg and exp_avg_sq must be contiguous, for they are updated in place"
-        return _native.missing(name)
+        if (cause := _native.missing(name)) is not None or name != "cuda" or tables is None:
+            return cause
+        needed = _native.module("cuda").ratio_step_shared(len(tables.members), len(tables.base))
+        most = _native.shared_memory(theta.device)
+        return None if needed <= most else f"a block needs {needed} bytes of shared memory for these tables, of {most}"
 
     # Of the two on a device the native one comes first by assumption: neither has been timed there yet.
     return _native.choose(op, backend, refusal, ("cpp", "cuda", "triton", "reference"))
@@ -423,8 +429,8 @@ def _run_step_priced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_offsets(offsets, len(p))
     state = theta, exp_avg, exp_avg_sq
-    chosen = _choose("ratio_step_priced", backend, theta, state)
     parts = CostTables(*tables)
+    chosen = _choose("ratio_step_priced", backend, theta, state, parts)
     if chosen == "reference":
         cost, cost_grad = reference.table_cost(theta.sigmoid(), parts)
         weighted = (multiplier + penalty * cost) * cost_grad

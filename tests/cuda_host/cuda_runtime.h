@@ -42,11 +42,6 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
 using cudaStream_t = struct HostStream*;
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -55,6 +50,8 @@ namespace host {
 
 void run_blocks(dim3 grid, dim3 block, int shared, const std::function<void()>& thread);
 unsigned char* dynamic_shared();
+// The dynamic shared memory that a kernel was granted: here none unasked, as if its static memory took it all.
+size_t& granted_shared(void (*kernel)());
 void sync_block();
 
 constexpr int kExchanged = 32;  // bytes that a lane can show to its warp
@@ -84,6 +81,14 @@ void commit_copies();
 void wait_copies(int pending);
 
 }  // namespace host
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > 227 * 1024) return cudaErrorInvalidValue;
+  host::granted_shared(reinterpret_cast<void (*)()>(kernel)) = bytes;
+  return cudaSuccess;
+}
 
 inline void __syncthreads() { host::sync_block(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { host::show(0); }
@@ -115,6 +120,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const int64_t threads = static_cast<int64_t>(block.x) * block.y * block.z;
+  if (config->dynamicSmemBytes > host::granted_shared(reinterpret_cast<void (*)()>(kernel)))
+    return cudaErrorInvalidValue;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || threads < 1 || threads > 1024)
     return cudaErrorInvalidValue;
   host::run_blocks(grid, block, static_cast<int>(config->dynamicSmemBytes), [&] { kernel(Parameters(arguments)...); });
