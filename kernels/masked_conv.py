@@ -1256,10 +1256,11 @@ def _processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
-def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+def refusal(x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None) -> str | None:
     """Why these kernels cannot take the tensors, or None."""
     if x.dtype not in _DTYPES or weight.dtype != x.dtype:
         return f"it takes {', '.join(_DTYPES.values())}, the same for x and weight: not {x.dtype} and {weight.dtype}"
+    groups = geometry[3]
     out, width, taps = weight.shape[0] // groups, weight.shape[1], weight.shape[2] * weight.shape[3]
     if groups * taps * max(out * _round_up(width), width * _round_up(out)) >= _NARROW:
         return "it takes fewer than 2^31 weights, channels rounded up to a multiple of 16"

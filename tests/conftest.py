@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined
 
+torch.backends.cudnn.allow_tf32 = False  # what float32 is compared with is float32
+
 # A shell starts what it puts in the background with Ctrl-C ignored; tests that press it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

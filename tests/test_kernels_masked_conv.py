@@ -15,6 +15,7 @@ from hwprune.kernels import masked_conv as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+POINTWISE = (1, 1), (0, 0), (1, 1), 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUM_SLACK = 1e-6  # of a sum over pixels, whose terms partly cancel, in another order than torch's
 # The interpreter cuts bfloat16 off instead of rounding it, which shifts the mean of what is written.
@@ -244,8 +245,7 @@ def test_epilogue_gradients(act, channels, keep, with_residual, affine, dtype):
 
     def epilogue(raw, residual, mask, scale, shift):
         identity = torch.eye(channels, device=DEVICE, dtype=raw.dtype)[:, :, None, None]
-        geometry = (1, 1), (0, 0), (1, 1), 1
-        return reference.masked_conv2d(raw, identity, None, mask, scale, shift, residual, act, *geometry, None)
+        return reference.masked_conv2d(raw, identity, None, mask, scale, shift, residual, act, *POINTWISE, None)
 
     arguments = raw, residual, mask, scale, shift
     plain, truth = (gradients_of(epilogue, arguments, upstream, kind) for kind in (dtype, torch.float64))
@@ -366,9 +366,7 @@ def test_pixels_beyond_32_bits_are_read_where_they_lie():
     torch.testing.assert_close(y, reference.F.conv2d(corners, weight))
     upstream = torch.randn_like(y)
     grad = kernels.backward_weight(upstream, x, weight.shape, *arguments)
-    expected = kernels.backward_weight(
-        upstream, corners, weight.shape, None, None, ((1, 1), (0, 0), (1, 1), 1), None, False
-    )
+    expected = kernels.backward_weight(upstream, corners, weight.shape, None, None, POINTWISE, None, False)
     torch.testing.assert_close(grad, expected)
 
 
@@ -406,8 +404,8 @@ def test_results_do_not_vary(name):
 
 def test_refusals_name_what_is_possible():
     x, weight = torch.randn(1, 2, 3, 3, device=DEVICE), torch.randn(2, 2, 1, 1, device=DEVICE)
-    assert kernels.refusal(x, weight, 1, None) is None
-    assert "fp32, fp16, bf16" in kernels.refusal(x.double(), weight.double(), 1, None)
-    assert "float16" in kernels.refusal(x.half(), weight, 1, None)
+    assert kernels.refusal(x, weight, POINTWISE, None) is None
+    assert "fp32, fp16, bf16" in kernels.refusal(x.double(), weight.double(), POINTWISE, None)
+    assert "float16" in kernels.refusal(x.half(), weight, POINTWISE, None)
     wide = torch.zeros((), device=DEVICE).expand(2**10, 2**17, 4, 4)
-    assert "2^31 weights" in kernels.refusal(wide[:1], wide, 1, None)
+    assert "2^31 weights" in kernels.refusal(wide[:1], wide, POINTWISE, None)

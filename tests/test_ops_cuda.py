@@ -7,6 +7,7 @@ from conv_backend_law import BATCH_NORMS, CASES, LARGE, check_batch_norm, check_
 from hwprune import ops
 from hwprune.ops import _cuda_conv
 
+POINTWISE = (1, 1), (0, 0), (1, 1), 1
 CAUSE = ops.backends()["cuda"]
 pytestmark = [pytest.mark.skipif(CAUSE is not None, reason=str(CAUSE)), pytest.mark.usefixtures("poisoned")]
 
@@ -28,6 +29,6 @@ def test_batch_norm_is_as_accurate_as_plain_torch(case):
 
 def test_refusals_name_what_is_taken():
     x, weight = torch.zeros(1, 2, 3, 3, device="cuda"), torch.zeros(2, 2, 1, 1, device="cuda")
-    assert _cuda_conv.refusal(x, weight, 1, None) is None
-    assert "not torch.float64" in _cuda_conv.refusal(x.double(), weight.double(), 1, None)
-    assert "not on cpu" in _cuda_conv.refusal(x.cpu(), weight, 1, None)
+    assert _cuda_conv.refusal(x, weight, POINTWISE, None) is None
+    assert "not torch.float64" in _cuda_conv.refusal(x.double(), weight.double(), POINTWISE, None)
+    assert "not on cpu" in _cuda_conv.refusal(x.cpu(), weight, POINTWISE, None)

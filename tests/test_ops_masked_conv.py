@@ -12,6 +12,7 @@ from torch import nn
 
 from hwprune import ops
 from hwprune.errors import BackendUnavailable, InvalidInput
+from hwprune.ops import _cuda_conv
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -150,6 +151,7 @@ def test_statistics_are_summed_in_float32():
         ({"columns": torch.tensor([3, 2])}, "increase strictly within 0 to 53"),
         ({"columns": torch.tensor([54])}, "increase strictly within 0 to 53"),
         ({"columns": torch.tensor([1]), "in_mask": torch.ones(6)}, "columns replace an input mask"),
+        ({"columns": torch.tensor([1], device="meta")}, r"\[1\] on meta; it must be int64 \[K\] on cpu"),
         ({"stats": True, "act": "relu"}, "stats=True excludes"),
         ({"weight": torch.rand(8, 6, 3, 3)}, "weight is torch.float32"),
         ({"residual": torch.rand(2, 8, 3, 1)}, r"it must be torch.float64 \[2, 8, 3, 5\]"),
@@ -387,6 +389,13 @@ def test_a_network_compiles_into_one_graph(backend):
     torch.testing.assert_close(actual, expected)
     for ours, theirs in zip(torch.autograd.grad(actual.square().sum(), leaves), expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_cuda_counts_what_it_writes_in_32_bits_too():
+    x, weight = torch.zeros(()).expand(1, 1, 2**14, 2**14), torch.zeros(3, 1, 1, 1)
+    assert "not on cpu" in _cuda_conv.refusal(x, weight, ((1, 1), (0, 0), (1, 1), 1), None)
+    for geometry in [((1, 1), (2**14, 2**14), (1, 1), 1), ((1, 1), (2**13, 2**13), (1, 1), 1)]:  # pixels, elements
+        assert "2^31 pixels, elements in an image" in _cuda_conv.refusal(x, weight, geometry, None)
 
 
 def test_backends_say_what_they_do_not_take(monkeypatch):

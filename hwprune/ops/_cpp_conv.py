@@ -24,7 +24,7 @@ _CLAMPS = {"none": (-torch.inf, torch.inf), "relu": (0.0, torch.inf), "relu6": (
 _PACKED_FLOATS = 1 << 18  # of weight columns at a time: they are to stay in the second-level cache
 
 
-def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+def refusal(x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None) -> str | None:
     """Why this backend cannot take these tensors; None: it can."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"it takes float32 on cpu, and x is {x.dtype} on {x.device}, weight {weight.dtype}"

@@ -17,16 +17,17 @@ _ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _LIMIT = 2**31  # pixels, and elements of one image, are counted in 32 bits
 
 
-def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+def refusal(x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None) -> str | None:
     """Why these tensors cannot be convolved here, or None."""
     if x.dtype not in _NUMBERS or weight.dtype != x.dtype:
         return f"it takes float32, float16 and bfloat16 alike for x and weight, not {x.dtype} and {weight.dtype}"
+    for batch, channels, height, width in (x.shape, output_shape(x, weight.shape, geometry)):
+        if max(batch, channels) * height * width >= _LIMIT or weight.numel() >= _LIMIT:
+            return "it takes fewer than 2^31 pixels, elements in an image and weights, of what it reads and writes"
     if not x.is_cuda or weight.device != x.device:
         return f"it takes tensors on one CUDA device, not on {x.device} and {weight.device}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it is built for compute capability 8.0 and later"
-    if max(x.numel() // max(x.shape[1], 1), x[:1].numel()) >= _LIMIT or weight.numel() >= _LIMIT:
-        return "it takes fewer than 2^31 pixels, elements in an image and weights"
     return _native.missing("cuda")
 
 
@@ -197,7 +198,7 @@ class _Convolution:
         self.x = x
         self.out_shape = output_shape(x, weight_shape, geometry)
         self.masks = _vector(in_mask), _vector(out_mask)
-        self.columns = None if columns is None else columns.to(x.device).contiguous()
+        self.columns = None if columns is None else columns.contiguous()
         self.conv = _native.module("cuda").Convolution(
             batch=batch,
             in_channels=in_channels,

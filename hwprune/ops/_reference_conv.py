@@ -34,7 +34,7 @@ def output_shape(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> 
     return x.shape[0], weight_shape[0], height, width
 
 
-def refusal(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+def refusal(x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None) -> str | None:
     """Why this backend cannot take these tensors; None: it can."""
     return None
 

@@ -19,6 +19,7 @@ _MODULES = {
     "triton": "hwprune.kernels.masked_conv",
     "cuda": "hwprune.ops._cuda_conv",
 }
+_POINTWISE: Geometry = (1, 1), (0, 0), (1, 1), 1
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 # Below so many multiplications (counted at stride 1) picking channels costs more than it saves, without groups and
 # with them. Plain torch's time over ours at half of the channels on both sides, one thread of an AMD EPYC: without
@@ -85,7 +86,7 @@ def masked_conv2d(
     _check_channels(x, weight.shape[0], out_mask=out_mask, scale=scale, shift=shift)
     _check_act(act)
     if columns is not None:
-        _check_columns(columns, weight[0].numel(), in_mask is not None or groups != 1)
+        _check_columns(columns, x.device, weight[0].numel(), in_mask is not None or groups != 1)
     geometry = _pair(stride), _pair(padding), _pair(dilation), groups
     shape = output_shape(x, weight.shape, geometry)
     if min(shape[2:]) < 1:
@@ -201,11 +202,13 @@ def _check_residual(residual: Tensor | None, shape: Sequence[int], x: Tensor) ->
         )
 
 
-def _check_columns(columns: Tensor, count: int, excluded: bool) -> None:
+def _check_columns(columns: Tensor, device: torch.device, count: int, excluded: bool) -> None:
     if excluded:
         raise InvalidInput("columns replace an input mask and need groups=1: give one or the other")
-    if columns.dim() != 1 or columns.dtype != torch.int64:
-        raise InvalidInput(f"columns is {columns.dtype} {list(columns.shape)}; it must be int64 [K]")
+    if columns.dim() != 1 or columns.dtype != torch.int64 or columns.device != device:
+        raise InvalidInput(
+            f"columns is {columns.dtype} {list(columns.shape)} on {columns.device}; it must be int64 [K] on {device}"
+        )
     if columns.device.type != "cpu" or columns.numel() == 0 or torch.compiler.is_compiling():
         return  # looking at the values would wait for the device
     if int(columns[0]) < 0 or int(columns[-1]) >= count or not bool((columns.diff() > 0).all()):
@@ -239,12 +242,13 @@ def _plain(
     return reference.ACTIVATIONS[act](y if residual is None else y + residual)
 
 
-def _backend(op: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None, requested: str) -> Any:
+def _backend(op: str, x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None, requested: str) -> Any:
     """The module of functions that runs the convolution `op` on these tensors."""
     preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
-    if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() < _FEW_PRODUCTS[groups > 1]:
+    products = x.shape[0] * x.shape[2] * x.shape[3] * weight.numel()
+    if x.device.type == "cpu" and products < _FEW_PRODUCTS[geometry[3] > 1]:
         preference = ("reference",)
-    chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, groups, columns), preference)
+    chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, geometry, columns), preference)
     return import_module(_MODULES[chosen])
 
 
@@ -252,16 +256,16 @@ def _pointwise_backend(op: str, x: Tensor, requested: str) -> Any:
     """The module of functions that runs what follows a convolution, `op`, on its result."""
     weight = x.new_empty(x.shape[1], 1, 1, 1)  # backends ask for one
     preference = _PREFERENCE.get(x.device.type, ("reference",))
-    chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, 1, None), preference)
+    chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, _POINTWISE, None), preference)
     return import_module(_MODULES[chosen])
 
 
-def _refusal(backend: str, x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str | None:
+def _refusal(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None) -> str | None:
     if _native.away(backend, x.device):
         return f"it runs on {_native.HOMES[backend]}, and x is on {x.device}"
     if backend != "reference" and (cause := _native.missing(backend)) is not None:
         return cause
-    refusal: str | None = import_module(_MODULES[backend]).refusal(x, weight, groups, columns)
+    refusal: str | None = import_module(_MODULES[backend]).refusal(x, weight, geometry, columns)
     return refusal
 
 
@@ -285,7 +289,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     x, weight = tensors[:2]
     assert x is not None and weight is not None
-    functions = _backend("masked_conv2d", x, weight, geometry[3], columns, backend)
+    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
     y, raw = functions.forward(*tensors, act, geometry, columns, save_raw, allow_tf32)
     form = layout(x)
     return y.contiguous(memory_format=form), None if raw is None else raw.contiguous(memory_format=form)
@@ -388,10 +392,9 @@ def _stats(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
-    raw, sums, squares = functions.forward_stats(
-        x, weight, in_mask, out_mask, (stride, padding, dilation, groups), columns, allow_tf32
-    )
+    geometry = stride, padding, dilation, groups
+    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
+    raw, sums, squares = functions.forward_stats(x, weight, in_mask, out_mask, geometry, columns, allow_tf32)
     return raw.contiguous(memory_format=layout(x)), sums, squares
 
 
@@ -505,9 +508,10 @@ def _input_backward(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    geometry = stride, padding, dilation, groups
+    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
     grad_x, grad_in_mask = functions.backward_input(
-        grad_raw, x, weight, in_mask, out_mask, (stride, padding, dilation, groups), columns, allow_tf32
+        grad_raw, x, weight, in_mask, out_mask, geometry, columns, allow_tf32
     )
     return grad_x.contiguous(memory_format=layout(x)), _or_empty(grad_in_mask, x)
 
@@ -546,9 +550,10 @@ def _weight_backward(
     backend: str,
 ) -> Tensor:
     weight = x.new_empty(()).expand(list(weight_shape))
-    functions = _backend("masked_conv2d", x, weight, groups, columns, backend)
+    geometry = stride, padding, dilation, groups
+    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
     grad: Tensor = functions.backward_weight(
-        grad_raw, x, weight_shape, in_mask, out_mask, (stride, padding, dilation, groups), columns, allow_tf32
+        grad_raw, x, weight_shape, in_mask, out_mask, geometry, columns, allow_tf32
     )
     return grad.contiguous()
 
