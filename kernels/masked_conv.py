@@ -17,6 +17,8 @@ Sums over pixels are written as one partial per program and added in a fixed ord
 run. Nothing is checked here: hwprune.ops does.
 """
 
+import json
+import os
 from collections.abc import Callable
 from math import gcd
 from typing import Any, NamedTuple
@@ -975,14 +977,47 @@ _CHOSEN: dict[tuple[object, ...], Config] = {}  # by shape class; measured once 
 def _tuned(key: tuple[object, ...], configs: list[Config], launch: Callable[[Config], Any]) -> Any:
     """What `launch` returns with the fastest configuration, measured on the first call with this key.
 
-    While a CUDA graph is being captured nothing can be measured: the first configuration serves.
+    The first configuration serves where nothing can be measured, while a CUDA graph is being captured, and where
+    nothing shall be: with HWPRUNE_AUTOTUNE=0. HWPRUNE_AUTOTUNE_CACHE=FILE keeps what was measured for later processes.
     """
     chosen = configs[0] if len(configs) == 1 else _CHOSEN.get(key)
+    if chosen is None and os.environ.get("HWPRUNE_AUTOTUNE") == "0":
+        chosen = configs[0]
+    if chosen is None:
+        stored = _stored_choices().get(_stored_name(key))
+        if stored in configs:  # else it is of other sources than these
+            chosen = _CHOSEN[key] = stored
     if chosen is None and torch.cuda.is_current_stream_capturing():
         chosen = configs[0]
     if chosen is None:
         chosen = _CHOSEN[key] = min(configs, key=lambda config: _time_ms(config, launch))
+        _store_choice(key, chosen)
     return launch(chosen)
+
+
+def _stored_name(key: tuple[object, ...]) -> str:
+    """A device by its name, for its index may be another's in a later process, and the compiler by its version."""
+    named = (torch.cuda.get_device_name(part) if isinstance(part, torch.device) else part for part in key)
+    return " ".join(map(str, (f"triton {triton.__version__}", *named)))
+
+
+def _stored_choices() -> dict[str, Config]:
+    path = os.environ.get("HWPRUNE_AUTOTUNE_CACHE")
+    if not path or not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        return {name: Config(*sizes) for name, sizes in json.load(file).items()}
+
+
+def _store_choice(key: tuple[object, ...], chosen: Config) -> None:
+    """Adds one choice to the file, which is never seen half written; of two processes at once one may lose its own."""
+    path = os.environ.get("HWPRUNE_AUTOTUNE_CACHE")
+    if not path:
+        return
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w") as file:
+        json.dump(_stored_choices() | {_stored_name(key): chosen}, file, indent=0)
+    os.replace(partial, path)
 
 
 def _time_ms(config: Config, launch: Callable[[Config], Any]) -> float:
