@@ -126,7 +126,7 @@ class NinjaBuild(build_ext):
 setup(
     packages=[*find_packages(include=["hwprune", "hwprune.*"]), "hwprune.kernels", "hwprune.latency_tables"],
     package_dir={"hwprune.kernels": "kernels", "hwprune.latency_tables": "latency_tables"},
-    package_data={"hwprune": ["py.typed"], "hwprune.latency_tables": ["*.jsonl"]},
+    package_data={"hwprune": ["py.typed"], "hwprune.ops": ["*.json"], "hwprune.latency_tables": ["*.jsonl"]},
     ext_modules=list(extensions()),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -38,6 +38,7 @@ def test_versions_agree():
 
 def test_the_package_carries_its_data():
     assert (files("hwprune") / "py.typed").is_file()
+    assert (files("hwprune.ops") / "measured.json").is_file()
     assert (files("hwprune.kernels") / "__init__.py").is_file()
     assert (files("hwprune.latency_tables") / "__init__.py").is_file()
     assert metadata("hwprune")["License-Expression"] == "Apache-2.0"

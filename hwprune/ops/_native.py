@@ -1,9 +1,11 @@
 """The one module that imports the native extensions and Triton, and the choice between backends."""
 
+import json
 import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -18,6 +20,8 @@ _REMEDIES = {
     "triton": "install triton, which there is for Linux",
     "cuda": "reinstall with nvcc on PATH, or with CUDA_HOME set, and HWPRUNE_CUDA=1",
 }
+
+_MEASURED = Path(__file__).with_name("measured.json")  # written by benchmarks/bench_ops.py --table
 
 
 @cache
@@ -85,6 +89,27 @@ def backends() -> dict[str, str | None]:
         "triton": missing("triton") or (None if interpreted() else no_device),
         "cuda": missing("cuda") or no_device,
     }
+
+
+@cache
+def _measured() -> dict[tuple[str, ...], str]:
+    """The fastest by operator, chip, dtype, kind of call and "masked" or "dense": a backend, or plain "torch"."""
+    rows = json.loads(_MEASURED.read_text())["rows"]
+    return {(row["op"], row["chip"], row["dtype"], row["kind"], row["masks"]): row["backend"] for row in rows}
+
+
+@cache
+def _chip(device: torch.device) -> str:
+    """cpu, or the compute capability of a CUDA device, such as sm_90."""
+    if device.type != "cuda":
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def fastest(op: str, x: torch.Tensor, kind: str, masked: bool) -> str | None:
+    """What ran `op` fastest on such a device in x's dtype, of what was measured; None where nothing was."""
+    key = op, _chip(x.device), str(x.dtype).removeprefix("torch."), kind, "masked" if masked else "dense"
+    return _measured().get(key)
 
 
 def choose(op: str, requested: str, refusal: Callable[[str], str | None], preference: tuple[str, ...]) -> str:

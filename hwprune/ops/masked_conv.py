@@ -20,6 +20,7 @@ _MODULES = {
     "cuda": "hwprune.ops._cuda_conv",
 }
 _POINTWISE: Geometry = (1, 1), (0, 0), (1, 1), 1
+# Behind what was measured to be the fastest for such a call (_native.fastest).
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 # Below so many multiplications (counted at stride 1) picking channels costs more than it saves, without groups and
 # with them. Plain torch's time over ours at half of the channels on both sides, one thread of an AMD EPYC: without
@@ -102,7 +103,8 @@ def masked_conv2d(
         return statistics
     tensors = x, weight, in_mask, out_mask, scale, shift, residual
     recorded = _native.recorded(*tensors)
-    if columns is None and _is_plain(x, backend) and all(_masks_nothing(m, recorded) for m in (in_mask, out_mask)):
+    masks = in_mask, out_mask
+    if columns is None and _is_plain(x, weight, groups, backend) and all(_masks_nothing(m, recorded) for m in masks):
         return _plain(x, weight, scale, shift, residual, act, geometry)
     if not recorded:
         return _forward(tensors, columns, act, geometry, False, allow_tf32, backend)[0]
@@ -215,15 +217,23 @@ def _check_columns(columns: Tensor, device: torch.device, count: int, excluded: 
         raise InvalidInput(f"columns must increase strictly within 0 to {count - 1}, the columns of the weight")
 
 
-def _is_plain(x: Tensor, backend: str) -> bool:
-    """Whether a convolution with nothing masked is left to torch. Measured on the CPU only."""
-    forced = backend != "auto" or os.environ.get("HWPRUNE_BACKEND", "auto") != "auto"
-    return not forced and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+def _is_plain(x: Tensor, weight: Tensor, groups: int, backend: str) -> bool:
+    """Whether a convolution with nothing masked is left to torch: on the CPU, and on a device where that was faster.
+
+    A compiler sees one operator on a device, whose backend is chosen when it runs.
+    """
+    if backend != "auto" or os.environ.get("HWPRUNE_BACKEND", "auto") != "auto":
+        return False
+    if x.device.type == "cpu":
+        return x.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.bfloat16):
+        return False  # torch has switches of its own for tf32
+    return _native.fastest("masked_conv2d", x, _kind(x, weight, groups, None), False) == "torch"
 
 
 def _masks_nothing(mask: Tensor | None, recorded: bool) -> bool:
-    """Whether there is no mask, or one of ones, where neither a gradient nor a compiler asks for it."""
-    return mask is None or (not recorded and bool((mask == 1).all()))
+    """Whether there is no mask, or one of ones, where neither a gradient nor a compiler nor a device asks for it."""
+    return mask is None or (not recorded and mask.device.type == "cpu" and bool((mask == 1).all()))
 
 
 def _plain(
@@ -237,14 +247,40 @@ def _plain(
 ) -> Tensor:
     """Nothing is masked: torch's convolution, with scale and shift folded into its weight and bias."""
     if scale is not None:
-        weight = weight * scale.view(-1, 1, 1, 1)
-    y = F.conv2d(x, weight, shift, *geometry)
-    return reference.ACTIVATIONS[act](y if residual is None else y + residual)
+        weight = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    y = F.conv2d(x, weight, None if shift is None else shift.to(x.dtype), *geometry)
+    y = reference.ACTIVATIONS[act](y if residual is None else y + residual)
+    return y.contiguous(memory_format=layout(x))
 
 
-def _backend(op: str, x: Tensor, weight: Tensor, geometry: Geometry, columns: Tensor | None, requested: str) -> Any:
+def _kind(x: Tensor, weight: Tensor, groups: int, columns: Tensor | None) -> str:
+    """The kind of a convolution, of which each has its own fastest backend: "columns", "3x3", "depthwise", ..."""
+    if columns is not None:
+        return "columns"
+    if groups > 1:
+        return "depthwise" if groups == x.shape[1] else "grouped"
+    return "x".join(map(str, weight.shape[2:]))
+
+
+def _preference(op: str, x: Tensor, kind: str, masked: bool) -> tuple[str, ...]:
+    """The backends in the order in which they are asked."""
+    found: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
+    measured = _native.fastest(op, x, kind, masked)
+    return (measured, *found) if measured in _MODULES else found
+
+
+def _backend(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+    requested: str,
+) -> Any:
     """The module of functions that runs the convolution `op` on these tensors."""
-    preference: tuple[str, ...] = _PREFERENCE.get(x.device.type, ("reference",))
+    preference = _preference(op, x, _kind(x, weight, geometry[3], columns), in_mask is not None or out_mask is not None)
     products = x.shape[0] * x.shape[2] * x.shape[3] * weight.numel()
     if x.device.type == "cpu" and products < _FEW_PRODUCTS[geometry[3] > 1]:
         preference = ("reference",)
@@ -252,10 +288,10 @@ def _backend(op: str, x: Tensor, weight: Tensor, geometry: Geometry, columns: Te
     return import_module(_MODULES[chosen])
 
 
-def _pointwise_backend(op: str, x: Tensor, requested: str) -> Any:
+def _pointwise_backend(op: str, x: Tensor, mask: Tensor | None, requested: str) -> Any:
     """The module of functions that runs what follows a convolution, `op`, on its result."""
     weight = x.new_empty(x.shape[1], 1, 1, 1)  # backends ask for one
-    preference = _PREFERENCE.get(x.device.type, ("reference",))
+    preference = _preference("masked_bn_act", x, "any", mask is not None)
     chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, _POINTWISE, None), preference)
     return import_module(_MODULES[chosen])
 
@@ -287,9 +323,9 @@ def _forward(
     allow_tf32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    x, weight = tensors[:2]
+    x, weight, in_mask, out_mask = tensors[:4]
     assert x is not None and weight is not None
-    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
+    functions = _backend("masked_conv2d", x, weight, in_mask, out_mask, geometry, columns, backend)
     y, raw = functions.forward(*tensors, act, geometry, columns, save_raw, allow_tf32)
     form = layout(x)
     return y.contiguous(memory_format=form), None if raw is None else raw.contiguous(memory_format=form)
@@ -393,7 +429,7 @@ def _stats(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = stride, padding, dilation, groups
-    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
+    functions = _backend("masked_conv2d", x, weight, in_mask, out_mask, geometry, columns, backend)
     raw, sums, squares = functions.forward_stats(x, weight, in_mask, out_mask, geometry, columns, allow_tf32)
     return raw.contiguous(memory_format=layout(x)), sums, squares
 
@@ -462,7 +498,7 @@ def _epilogue_backward(
     act: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    functions = _pointwise_backend("masked_conv2d", raw, backend)
+    functions = _pointwise_backend("masked_conv2d", raw, out_mask, backend)
     grad_raw, grad_residual, *per_channel = functions.backward_epilogue(
         grad_y, raw, out_mask, scale, shift, residual, act
     )
@@ -509,7 +545,7 @@ def _input_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     geometry = stride, padding, dilation, groups
-    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
+    functions = _backend("masked_conv2d_input_backward", x, weight, in_mask, out_mask, geometry, columns, backend)
     grad_x, grad_in_mask = functions.backward_input(
         grad_raw, x, weight, in_mask, out_mask, geometry, columns, allow_tf32
     )
@@ -551,7 +587,7 @@ def _weight_backward(
 ) -> Tensor:
     weight = x.new_empty(()).expand(list(weight_shape))
     geometry = stride, padding, dilation, groups
-    functions = _backend("masked_conv2d", x, weight, geometry, columns, backend)
+    functions = _backend("masked_conv2d_weight_backward", x, weight, in_mask, out_mask, geometry, columns, backend)
     grad: Tensor = functions.backward_weight(
         grad_raw, x, weight_shape, in_mask, out_mask, geometry, columns, allow_tf32
     )
@@ -589,7 +625,7 @@ def _bn(
     eps: float,
     backend: str,
 ) -> Tensor:
-    functions = _pointwise_backend("masked_bn_act", x, backend)
+    functions = _pointwise_backend("masked_bn_act", x, mask, backend)
     y: Tensor = functions.bn_act(x, sums, squares, weight, bias, mask, residual, act, eps)[0]
     return y.contiguous(memory_format=layout(x))
 
@@ -624,7 +660,7 @@ def _bn_backward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    functions = _pointwise_backend("masked_bn_act", x, backend)
+    functions = _pointwise_backend("masked_bn_act", x, mask, backend)
     grad_x, *affine, grad_mask, grad_residual = functions.bn_act_backward(
         grad_y, x, sums, squares, weight, bias, mask, residual, act, eps
     )

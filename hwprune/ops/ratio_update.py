@@ -256,8 +256,10 @@ def _choose(
         most = _native.shared_memory(theta.device)
         return None if needed <= most else f"a block needs {needed} bytes of shared memory for these tables, of {most}"
 
-    # Of the two on a device the native one comes first by assumption: neither has been timed there yet.
-    return _native.choose(op, backend, refusal, ("cpp", "cuda", "triton", "reference"))
+    # Of the two on a device the native one comes first by assumption where neither has been timed.
+    preference: tuple[str, ...] = ("cpp", "cuda", "triton", "reference")
+    measured = _native.fastest(op, theta, "any", False)
+    return _native.choose(op, backend, refusal, (measured, *preference) if measured else preference)
 
 
 def _kernels() -> ModuleType:
