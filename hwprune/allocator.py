@@ -69,6 +69,7 @@ def allocate(
     budget: float,
     *,
     minimum: ArrayLike | None = None,
+    maximum: ArrayLike | None = None,
     multiple: ArrayLike = 1,
     pinned: Mapping[int, int] | None = None,
     method: Method = "auto",
@@ -78,11 +79,11 @@ def allocate(
     """Chooses the widths of highest total value whose price is at most `budget`.
 
     value: per group, one number per entry of cost.levels(g). budget: in the unit of `cost`. minimum: least width of
-    each group, [G] or one for all; by default its smallest level. multiple: widths are multiples of it, [G] or one for
-    all; the full width is always allowed, and values of multiples between two levels are interpolated. pinned: widths
-    the user fixes, by group; they obey neither minimum nor multiple. time_limit_s: solver time, after which the best
-    widths found are returned with their gap. relative_gap: the gap at which the exact solver may stop; 0 asks for a
-    proof.
+    each group, [G] or one for all; by default its smallest level. maximum: the greatest, likewise; by default the full
+    width. multiple: widths are multiples of it, [G] or one for all; the greatest width is always allowed, and values
+    between two levels are interpolated. pinned: widths the user fixes, by group; they obey none of the three.
+    time_limit_s: solver time, after which the best widths found are returned with their gap. relative_gap: the gap at
+    which the exact solver may stop; 0 asks for a proof.
 
     Raises InfeasibleBudget with the lowest possible price where nothing fits, InvalidInput for arguments that do not
     fit together.
@@ -93,7 +94,7 @@ def allocate(
         raise InvalidInput(f"method {method!r} is unknown; it is one of {', '.join(get_args(Method))}.")
     if not np.isfinite(budget):
         raise InvalidInput(f"budget {budget} must be a finite number of {cost.unit}.")
-    candidates, values = _candidates(cost, value, minimum, multiple, pinned or {})
+    candidates, values = _candidates(cost, value, minimum, maximum, multiple, pinned or {})
     problem = _Problem(cost, candidates, values)
     cheapest = _cheapest(problem, cost, budget, deadline)
     if method == "auto":
@@ -146,6 +147,7 @@ def _candidates(
     cost: CostModel,
     value: Sequence[ArrayLike],
     minimum: ArrayLike | None,
+    maximum: ArrayLike | None,
     multiple: ArrayLike,
     pinned: Mapping[int, int],
 ) -> tuple[list[Ints], list[Floats]]:
@@ -158,6 +160,7 @@ def _candidates(
     if not all(np.isfinite(v).all() for v in worth):
         raise InvalidInput("value holds a number that is not finite.")
     least = _per_group(0 if minimum is None else minimum, count, "minimum")
+    most = np.asarray(cost.full) if maximum is None else _per_group(maximum, count, "maximum")
     step = _per_group(multiple, count, "multiple")
     if (step < 1).any():
         raise InvalidInput(f"multiple {step.min()} must be at least 1.")
@@ -165,17 +168,17 @@ def _candidates(
         raise InvalidInput(f"pinned names group {unknown[0]}; there are {count}, counted from 0.")
     candidates = []
     for g, own in enumerate(levels):
-        full, floor = int(own[-1]), max(int(own[0]), int(least[g]))
+        full, floor = min(int(own[-1]), int(most[g])), max(int(own[0]), int(least[g]))
         if g in pinned:
             lowest = min(int(own[0]), int(cost.least[g]))
-            if not lowest <= pinned[g] <= full:
+            if not lowest <= pinned[g] <= own[-1]:
                 raise InvalidInput(
-                    f"pinned[{g}]={pinned[g]} is outside {lowest}..{full}, the widths that have a price."
+                    f"pinned[{g}]={pinned[g]} is outside {lowest}..{own[-1]}, the widths that have a price."
                 )
             candidates.append(np.array([pinned[g]], dtype=np.int64))
             continue
         if floor > full:
-            raise InvalidInput(f"minimum {floor} of group {g} is above its full width {full}.")
+            raise InvalidInput(f"minimum {floor} of group {g} is above its greatest width {full}.")
         # The best multiple on a plateau is the last before its edge; the least that is allowed may lie before them all.
         rounded = np.concatenate([own // step[g] * step[g], [-(-floor // step[g]) * step[g]]])
         candidates.append(np.union1d(rounded[(rounded >= floor) & (rounded <= full)], [full]))

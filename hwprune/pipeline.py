@@ -545,11 +545,11 @@ class Pruning:
             chosen = self._allocate(self._cost_limit())
             self.say(f"allocated: {chosen}")
             return Plan(chosen.widths, float(latency.predict(chosen.widths)), None, None, (_proof(chosen),))
-        allowance = _Allowance(self._cost_limit(), float(cost.floor), float(cost.dense))
-        if not found.fills_budget:  # what the search found is a limit as well
-            least, full = cost.least, groups.widths
-            rounded = np.rint(found.widths.numpy()).astype(np.int64).clip(least, full)
-            allowance.now = min(allowance.now, max(float(cost.price(rounded)), float(cost.floor)))
+        most = float(cost.dense)
+        if not self.method.fills_budget:  # what the search found is a limit as well
+            rounded = np.rint(found.widths.numpy()).astype(np.int64).clip(cost.least, groups.widths)
+            most = max(float(cost.price(rounded)), float(cost.floor))
+        allowance = _Allowance(min(self._cost_limit(), most), float(cost.floor), most)
         tried: list[Plan] = []
         seen: set[bytes] = set()
         columns: dict[str, float] | None = None
@@ -583,7 +583,7 @@ class Pruning:
             row = {"predicted_ms": predicted, "measured_ms": pruned.median_ms, "budget_ms": limit, **_proof(chosen)}
             history = (*(tried[-1].rounds if tried else ()), {**row, "dense_ms": dense.median_ms})
             tried.append(Plan(widths, predicted, pruned.median_ms, limit, history, columns))
-            if not allowance.correct(used) or (used <= MOST_USE and not found.fills_budget):
+            if not allowance.correct(used):
                 break
         sound = [plan for plan in tried if plan.used <= MOST_USE] or [plan for plan in tried if plan.met]
         best = max(sound, key=lambda plan: plan.used) if sound else min(tried, key=lambda plan: plan.used)
@@ -641,7 +641,6 @@ class Pruning:
             stored["widths"],
             stored["ranking"],
             record["log"],
-            record["fills_budget"],
             stored.get("value"),
             columns or None,
             record.get("removes_blocks", False),
@@ -664,8 +663,7 @@ class Pruning:
         if found.value is not None:
             state["value"] = found.value
         state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
-        kind = {"fills_budget": found.fills_budget, "removes_blocks": found.removes_blocks}
-        self.run.finish("search", state, log=_thin(log), **kind)
+        self.run.finish("search", state, log=_thin(log), removes_blocks=found.removes_blocks)
 
 
 class _Widths:
@@ -713,8 +711,8 @@ class _Allowance:
     known between which allowances the answer lies.
     """
 
-    def __init__(self, start: float, floor: float, dense: float) -> None:
-        self.now, self._floor, self._dense = start, floor, dense
+    def __init__(self, start: float, floor: float, most: float) -> None:
+        self.now, self._floor, self._most = start, floor, most
         self._fits, self._breaks = 0.0, math.inf  # largest allowance that measured below, smallest that measured above
 
     def correct(self, used: float) -> bool:
@@ -728,7 +726,7 @@ class _Allowance:
         proposal = self.now * AIM / used
         if not self._fits < proposal < self._breaks:
             proposal = (self._fits + self._breaks) / 2
-        proposal = min(max(proposal, self._floor), self._dense)
+        proposal = min(max(proposal, self._floor), self._most)
         before, self.now = self.now, proposal
         return proposal != before
 

@@ -219,6 +219,19 @@ def test_multiples_go_to_the_last_multiple_before_each_edge():
     assert wide[1] == 30  # no multiple of 64 fits into 30 channels: the group stays whole
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_greatest_widths_are_obeyed_and_kept_when_they_fit(multiple):
+    """Though they are no level of the cost, and no multiple."""
+    cost, most = chain(), [13, 32, 50]
+    allowed = [[w for w in range(1, m + 1) if w % multiple == 0 or w == m] for m in most]
+    prices, worth, _ = brute_force(cost, linear(cost), allowed)
+    for budget in np.unique(prices):
+        found = allocate(cost, linear(cost), budget, maximum=most, multiple=multiple, method="milp", relative_gap=0.0)
+        assert found.value == pytest.approx(worth[prices <= budget].max()) and found.cost <= budget
+    assert found.widths.tolist() == most
+    assert allocate(cost, linear(cost), cost.dense, maximum=5, pinned={1: 30}).widths.tolist() == [5, 30, 5]
+
+
 def test_pinned_groups_do_not_move():
     cost = chain()
     found = allocate(cost, linear(cost), 0.5 * cost.dense, pinned={1: 5}, multiple=8, minimum=8)
@@ -314,7 +327,9 @@ def test_values_are_the_kept_part_of_the_importance(fire):
         ({"budget": float("nan")}, "finite number of ms"),
         ({"method": "magic"}, "one of auto, milp, greedy"),
         ({"minimum": [1, 2]}, "minimum must be one whole number or 3"),
-        ({"minimum": 17}, "minimum 17 of group 0 is above its full width 16"),
+        ({"minimum": 17}, "minimum 17 of group 0 is above its greatest width 16"),
+        ({"minimum": 9, "maximum": 8}, "minimum 9 of group 0 is above its greatest width 8"),
+        ({"maximum": [1, 2]}, "maximum must be one whole number or 3"),
         ({"multiple": 0}, "multiple 0 must be at least 1"),
         ({"multiple": 1.5}, "multiple must be one whole number"),
         ({"pinned": {3: 1}}, "pinned names group 3; there are 3"),

@@ -18,7 +18,7 @@ from hwprune.importance import LiveImportance
 from hwprune.latency import CostModel, flops_model
 from hwprune.latency.model import CostAxis, CostTerm
 from hwprune.search import METHODS, Search, create, method_class, search
-from hwprune.search.base import worth
+from hwprune.search.base import refilled, worth
 from hwprune.search.dsa import DSA
 from hwprune.train import Recipe
 
@@ -456,6 +456,44 @@ def test_search_drives_the_training_loop(pretrained, tmp_path):
 
 
 # -- from learned widths to integers
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["staircase", "flops"])
+@pytest.mark.parametrize("method", ["gdp", "increg", "ss_auto"])
+def test_no_channel_that_was_zeroed_is_deployed(pretrained, method, tiles):
+    """Whatever the measurement allows: more than the search was told, or less."""
+    cost = staircase(WIDTHS, (1.0, 1.0, 1.0)) if tiles else flops_model(pretrained[1])
+    model, run = start(pretrained, 0.5, method, cost=cost)
+    with run:
+        train(model, STEPS, run)
+    found, groups = run.result(), run.context.groups
+    zeroed = torch.cat([model[layer].weight == 0 for layer in (1, 4, 7)])
+    widths = run.context.rounded(found.widths)
+    assert zeroed.sum() == groups.total - widths.sum() > 0
+    price = cost.price(widths)
+    assert price <= run.context.controller.budget
+    assert price > 0.9 * run.context.controller.budget or method == "gdp"  # whose zeros come in its own time
+    for part in np.linspace(0.8, 1.2, 9):
+        chosen = run.method.allocate(groups, cost, found.widths, found.ranking, part * price, value=found.value)
+        assert not keep_top(groups, chosen.widths, found.ranking)[zeroed].any()
+        assert 0.6 * price < chosen.cost <= part * price
+        assert chosen.widths.tolist() == widths.tolist() or part < 1
+
+
+def test_what_is_left_of_a_limit_is_refilled_level_by_level():
+    """Free channels of a plateau, then the most urgent step that fits; never past what may be had."""
+    cost = staircase(WIDTHS, (1.0, 2.0, 1.0))  # a tile is a fourth, a third and a fourth of a ms
+
+    def fill(limit, most=WIDTHS, urgency=(1.0, 2.0, 3.0)):
+        widths = np.array([5, 9, 16])
+        return refilled(cost, widths, np.array(most), limit, lambda at: np.array(urgency)).tolist()
+
+    price = cost.price([5, 9, 16])
+    assert fill(price) == [8, 12, 16] and fill(0.9 * price) == [5, 9, 16]
+    assert fill(price, most=(7, 24, 16)) == [7, 12, 16]
+    assert fill(price + 0.34) == [8, 16, 16]
+    assert fill(price + 0.34, urgency=(3.0, 2.0, 1.0)) == [12, 12, 16]
+    assert fill(2 * price) == list(WIDTHS)
 
 
 def test_allocating_with_the_learned_budget_reproduces_the_learned_widths(pretrained):

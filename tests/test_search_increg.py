@@ -261,7 +261,7 @@ def test_the_budget_is_met_and_bounds_are_kept(pretrained):
         context.groups, context.cost, found.widths, found.ranking, context.controller.budget, value=found.value,
         minimum=minimum, pinned={0: 14},
     )  # fmt: skip
-    np.testing.assert_allclose(chosen.widths, widths, atol=4)
+    assert chosen.widths.tolist() == widths.tolist()
 
 
 def test_expensive_groups_are_pressed_harder(pretrained):
@@ -341,7 +341,6 @@ def test_the_accuracy_mode_goes_down_as_far_as_the_floor_allows(pretrained):
         with run:
             train(model, 120, run)
         method = run.method
-        assert not method.fills_budget and not run.result().fills_budget
         assert method._accuracy() >= floor - 0.03, "training went on after the last judgement"
         assert run.log()["held_out_accuracy"] >= floor - 5e-4
         costs[floor] = run.context.cost.price(run.context.rounded(run.widths()))

@@ -6,7 +6,7 @@ masks, the cost model and the budget controller, so that they can be compared at
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -151,7 +151,8 @@ class Method(ABC):
         name: key in ``METHODS``. summary: one line for the help. source: the paper, or "reconstruction".
         straight_through: masked parameters get the gradient that they would have unmasked.
         skips: channels whose mask is exactly 0 are not computed, which needs the program.
-        fills_budget: the allocation may use the whole budget; otherwise ``widths`` are an upper limit of their own.
+        fills_budget: the allocation may keep any channel; otherwise nothing is left of those beyond ``widths``, which
+            are an upper limit of their own.
         removes_blocks: width 0 has a price where a residual block can do without a group (:attr:`CostModel.removing`),
             and the method may choose it.
         searches: the search's steps train weights; otherwise it is over at once, and they are better spent afterwards.
@@ -164,9 +165,9 @@ class Method(ABC):
     source: ClassVar[str]
     searches: ClassVar[bool] = True
     refits: ClassVar[bool] = False
+    fills_budget: ClassVar[bool] = True
     straight_through: bool = False
     skips: bool = False
-    fills_budget: bool = True
     removes_blocks: bool = False
     context: Context
 
@@ -257,13 +258,26 @@ class Method(ABC):
         """Integer widths within ``budget`` (unit of ``cost``) from what was found.
 
         That is ``widths`` [G], ``ranking`` [ΣC], and ``value`` [ΣC] where the method has :meth:`values`. Nothing else
-        is needed, so that it can be repeated with a tighter budget long after the search.
+        is needed, so that it can be repeated with a tighter budget long after the search. Where the method does not
+        fill the budget, the widths are those that were found if they fit, else the nearest narrower ones.
 
         Raises:
             InfeasibleBudget: no widths are that cheap.
         """
-        levels = worth(cost, scaled(cost, widths, budget)) if value is None else at_levels(groups, cost, value)
-        return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=pinned)
+        most: NDArray[np.int64] | None = None
+        if not cls.fills_budget:
+            lowest, highest = bounds(groups, cost, minimum, pinned or {})
+            found = np.rint(widths.detach().cpu().numpy()).astype(np.int64)
+            most = (-(-found // multiple) * multiple).clip(lowest, highest)
+            price = float(cost.price(most))
+            if price <= budget:
+                return Allocation(most, price, value=0.0, bound=0.0, gap=0.0, method="greedy", wall_s=0.0)
+            pinned = {**{int(g): 0 for g in np.flatnonzero(found == 0)}, **(pinned or {})}  # what has ended stays so
+        if value is not None:
+            levels = at_levels(groups, cost, value)
+        else:
+            levels = worth(cost, scaled(cost, widths, budget) if most is None else widths)
+        return allocate(cost, levels, budget, minimum=minimum, maximum=most, multiple=multiple, pinned=pinned)
 
 
 def mask_gradient(mask: Tensor) -> Tensor:
@@ -382,6 +396,33 @@ def scaled(cost: CostModel, widths: Tensor, budget: float) -> Tensor:
     return torch.from_numpy(candidates[fitting[-1] if len(fitting) else 0])
 
 
+def refilled(
+    cost: CostModel,
+    widths: NDArray[np.int64],
+    most: NDArray[np.int64],
+    limit: float,
+    urgency: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+) -> NDArray[np.int64]:
+    """``widths`` [G] with single groups raised to their next level, up to ``most`` [G], while ``limit`` has room.
+
+    The last step down may have been a large one, and up to the end of a plateau channels are free. Of the groups that
+    fit, the one comes first whose next step has the greatest ``urgency(widths)`` [G].
+    """
+    lines = [cost.levels(g) for g in range(cost.groups)]
+    length = max(map(len, lines), default=0)
+    padded = np.array([np.pad(line, (0, length - len(line)), "edge") for line in lines]).reshape(-1, length)
+    levels = np.minimum(padded, most[:, None])  # [G, L]
+    groups = np.arange(len(lines))
+    while True:
+        above = np.where(levels > widths[:, None], levels, most[:, None]).min(1)
+        wider = np.repeat(widths[None], len(groups), 0)
+        wider[groups, groups] = above
+        fits = (above > widths) & (np.asarray(cost.price(wider)) <= limit)
+        if not fits.any():
+            return widths
+        widths = wider[int(np.argmax(np.where(fits, urgency(widths), -np.inf)))]
+
+
 def _ends(cost: CostModel) -> NDArray[np.int64]:
     """The least and the full width of every group. [2, G]"""
     return np.array([[cost.levels(g)[at] for g in range(cost.groups)] for at in (0, -1)], dtype=np.int64)
@@ -413,14 +454,13 @@ class SearchResult:
     """What a search found, for ``method_class(name).allocate``.
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
-    per recorded step. fills_budget: see :class:`Method`. value: [ΣC] float64 or None, see :meth:`Method.values`.
-    columns: see :meth:`Method.columns`. removes_blocks: see :class:`Method`.
+    per recorded step. value: [ΣC] float64 or None, see :meth:`Method.values`. columns: see :meth:`Method.columns`.
+    removes_blocks: see :class:`Method`.
     """
 
     widths: Tensor
     ranking: Tensor
     log: list[dict[str, float]] = field(repr=False)
-    fills_budget: bool = True
     value: Tensor | None = None
     columns: Mapping[str, Tensor] | None = None
     removes_blocks: bool = False
@@ -549,7 +589,6 @@ class Search:
             widths,
             ranking,
             [dict(row) for row in self.history],
-            self.method.fills_budget,
             None if value is None else value.detach().double().cpu(),
             self.method.columns(),
             self.method.removes_blocks,

@@ -48,12 +48,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hwprune.allocator import Allocation, allocate
 from hwprune.errors import InvalidInput
-from hwprune.graph import Groups
-from hwprune.latency import CostModel
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, bounds, expect_network, group_places, mask_gradient, worth
+from hwprune.search.base import Context, Method, expect_network, group_places, mask_gradient
 
 _SIZE_DECAY = 0.99  # of the running size of the loss gradient
 _SCORE_DECAY = 0.95  # of the running usefulness of a channel
@@ -293,35 +290,6 @@ class GDP(Method):
         square = self.x.square()
         score = self._score / self._score.mean().clamp_min(_TINY)
         return torch.where(self.x > 0, 1 + square / (square + self._start), (score + _TINY) / (1 + score))
-
-    @classmethod
-    def allocate(
-        cls,
-        groups: Groups,
-        cost: CostModel,
-        widths: Tensor,
-        ranking: Tensor,
-        budget: float,
-        *,
-        value: Tensor | None = None,
-        minimum: NDArray[np.int64] | None = None,
-        multiple: int | NDArray[np.int64] = 1,
-        pinned: Mapping[int, int] | None = None,
-    ) -> Allocation:
-        """The widths that were found where they fit ``budget``, else the nearest narrower ones that do.
-
-        A channel beyond them is zero throughout and worth nothing; a block that is gone stays so. See
-        :meth:`Method.allocate`.
-        """
-        lowest, highest = bounds(groups, cost, minimum, pinned or {})
-        found = np.rint(widths.detach().cpu().numpy()).astype(np.int64)
-        found = (-(-found // multiple) * multiple).clip(lowest, highest)
-        price = float(cost.price(found))
-        if price <= budget:
-            return Allocation(found, price, value=0.0, bound=0.0, gap=0.0, method="greedy", wall_s=0.0)
-        levels = [np.minimum(level, 0.0) for level in worth(cost, widths)]
-        fixed = {**{int(g): 0 for g in np.flatnonzero(found == 0)}, **(pinned or {})}
-        return allocate(cost, levels, budget, minimum=minimum, multiple=multiple, pinned=fixed)
 
     def state_dict(self) -> dict[str, Any]:
         return {

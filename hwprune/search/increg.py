@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hwprune.errors import InvalidInput
 from hwprune.graph import Groups
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, best_first, expect_network, group_places, shares
+from hwprune.search.base import Context, Method, best_first, expect_network, group_places, refilled, shares
 
 _TO_FINISH = 9  # times ceiling / A that a group's quota takes with frozen ranks: 5 to 9, by simulation
 _DEAREST = 4.0  # bounds of the price of a group's channels beside the mean one, when it scales A
@@ -64,6 +64,7 @@ class IncReg(Method):
     name = "increg"
     summary = "incremental regularisation: rank-driven L2 factors per channel"
     source = "Wang et al., NeurIPS-W 2018 (arXiv 1811.08390), with a latency budget"
+    fills_budget = False
 
     def __init__(
         self,
@@ -88,7 +89,6 @@ class IncReg(Method):
             raise InvalidInput(f"floor={floor} must lie between 0 and 1, and excludes constant={constant}")
         self.ceiling, self.turn, self.deadline, self.interval = ceiling, turn, deadline, interval
         self.constant, self.floor, self.stages, self.batches = constant, floor, stages, batches
-        self.fills_budget = floor is None
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -430,16 +430,13 @@ class Steps:
         fitting = np.flatnonzero(np.asarray(self._cost.price(candidates)) <= limit)
         if not len(fitting):
             return candidates[-1], prices
-        chosen, taken = candidates[fitting[0]], np.bincount(group[: fitting[0]], minlength=len(size))
-        every = np.arange(len(size))
-        while True:  # the last step may have been a large one: take back what there is room for
-            back = np.where(taken > 0, size[every, taken - 1], 0)
-            fits = (back > 0) & (np.asarray(self._cost.price(chosen + np.diag(back))) <= limit)
-            if not fits.any():
-                return chosen, prices
-            best = int(np.argmax(np.where(fits, keys[every, taken - 1], -np.inf)))
-            chosen[best] += back[best]
-            taken[best] -= 1
+
+        def urgency(widths: NDArray[np.int64]) -> NDArray[np.float64]:
+            taken = (self._above > widths[:, None]).sum(1)  # steps down to where each group stands
+            found: NDArray[np.float64] = keys[np.arange(len(keys)), taken - 1]
+            return found
+
+        return refilled(self._cost, candidates[fitting[0]], self._start, limit, urgency), prices
 
 
 class Slices:

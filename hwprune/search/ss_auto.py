@@ -21,8 +21,11 @@ channel's place among the norms of its group. So a group becomes cheaper as it s
 same for the columns of a convolution. (With one price for all of a group, given by its width, a group that was dear for
 a moment lost all channels but one, and their weights before the price had fallen: resnet20 at 12 % of the FLOPs, 32 %
 with a price per group, 63 % so.) A price is divided by the root of the number of the channel's slices: of what k layers
-share, the norm is but √k times that of one layer's, the price k times. ρ rises geometrically. Late in the search the
-decision is fixed; what is pruned stays zero.
+share, the norm is but √k times that of one layer's, the price k times. ρ rises geometrically. Channels below τ that
+the budget has room for, because the last step down was a large one or within their step of the table they are free, are
+not pulled at all. Late in the search the decision is fixed; what is pruned stays zero. By then it is past keeping: the
+slices of half of the pruned channels are at a fiftieth of their layer's scale or less, those of the best at a tenth (a
+hundred steps on digits). So the widths that were found are a limit for what is deployed, and have to fill the budget.
 
 Columns save time only where a kernel that skips them does. ``columns="auto"`` times one on the convolutions of the
 first training batch; where it does not pay, the columns of an input are tied together, which is channels alone.
@@ -45,7 +48,7 @@ from hwprune.latency import Target
 from hwprune.latency.timing import settings, time_runs
 from hwprune.nn import ColumnPrunedConv2d
 from hwprune.ops.reference import group_sum
-from hwprune.search.base import Context, Method, expect_network, group_places
+from hwprune.search.base import Context, Method, best_first, expect_network, group_places, refilled
 from hwprune.search.increg import Slices
 
 Kind = Literal["l21", "hard", "firm", "reweighted"]
@@ -74,6 +77,7 @@ class SSAuto(Method):
     name = "ss_auto"
     summary = "rows and columns at once, by soft constraints and proximal copies"
     source = "reconstruction of Li et al., arXiv 2001.08839, with a latency budget"
+    fills_budget = False
 
     def __init__(
         self,
@@ -257,8 +261,27 @@ class SSAuto(Method):
             else:
                 low = middle + 1
         self._threshold = float(steps[low])
+        row_keys = self._refilled(row_keys, column_keys > self._threshold, target)
         self._row_limits = _limits(row_keys, row_prices, self._threshold)
         self._column_limits = _limits(column_keys, column_prices, self._threshold)
+
+    def _refilled(self, keys: Tensor, columns: Tensor, target: float) -> Tensor:
+        """The keys of channels [ΣC], infinite for those below τ that ``target`` has room for after all.
+
+        columns: [ΣK], those that are kept.
+        """
+        cost, rows = self.context.cost, keys > self._threshold
+        first, ordered = self.context.groups.offsets[:-1], keys[best_first(keys, self._owner)].cpu().numpy()
+        counts = refilled(
+            cost,
+            self._counts(rows).cpu().numpy(),
+            self._counts(keys > 0).cpu().numpy(),
+            target + cost.dense * self._convs.saved(rows, columns),
+            lambda widths: ordered[np.minimum(first + widths, len(ordered) - 1)],
+        )
+        kept = group_places(keys, self._owner) < torch.from_numpy(counts).to(keys.device)[self._owner]
+        fits = self._cost(kept, columns) <= target  # what missing columns save depends on the channels
+        return keys.masked_fill(kept & ~rows, math.inf) if fits else keys
 
     def _fix(self) -> None:
         """Decide for good, at the whole budget."""
