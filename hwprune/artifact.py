@@ -16,9 +16,11 @@ import json
 import os
 import platform
 import re
+import subprocess
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -213,12 +215,33 @@ def export_onnx(folder: str | Path, path: str | Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """The software that made a result: hwprune, torch, Python."""
+    """The software that made a result: hwprune, torch, Python; and the commit, where hwprune runs from a checkout."""
     try:
         own = version("hwprune")
     except PackageNotFoundError:
         own = "uninstalled"
-    return {"hwprune": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    commit = commit_of(Path(__file__).resolve().parent.parent)
+    made_by = {"hwprune": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    return made_by | ({"commit": commit} if commit else {})
+
+
+@cache  # the code in memory is that of the first call, whatever is checked out later
+def commit_of(root: Path) -> str | None:
+    """The commit that is checked out in a folder, with "-dirty" where tracked files differ from it; None for others."""
+    if not (root / ".git").exists():  # git would answer for whatever repository lies around an installed package
+        return None
+    git = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # there is no git
+        return None
+
+
+def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """What differs between two sets of settings, such as "lr 0.1, not lr 0.05"; "" where they are equal."""
+    keys = [key for key in {**stored, **present} if stored.get(key) != present.get(key)]
+    was, now = (", ".join(f"{key} {settings.get(key)!r}" for key in keys) for settings in (stored, present))
+    return f"{was}, not {now}" if keys else ""
 
 
 def write_file(path: Path, data: bytes) -> None:

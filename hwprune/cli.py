@@ -5,6 +5,7 @@ stderr. Exit status: 0 done, 1 the check failed, 2 wrong input, 3 the finished n
 130 interrupted.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -390,7 +391,10 @@ def compare(
     profile_seconds: ProfileSeconds = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods at equal measured milliseconds; called again, it goes on with what is not finished."""
+    """Compare methods at equal measured milliseconds; called again, it goes on with what is not finished.
+
+    Methods, budgets and seeds may be added to a folder; whatever else differs from its first call is refused.
+    """
     target = _target(device, runtime, dtype, memory_format, threads, keep_batch_norm)
     entries = [comparison.Entry.parse(text) for text in methods.split(",")]
     limits = [str(Budget.parse(text)) for text in budgets.split(",")]
@@ -399,11 +403,8 @@ def compare(
         return load_data(data, batch_size=train_batch, subset=subset, validation=validation, seed=seed)
 
     first = load(0)
-
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return load_model(model, classes=first.classes, in_channels=first.shape[0], weights=weights)
-
+    torch.manual_seed(0)
+    network = load_model(model, classes=first.classes, in_channels=first.shape[0], weights=weights)
     rows = comparison.compare(
         network,
         torch.randn((batch, *first.shape), generator=torch.Generator().manual_seed(0)),
@@ -417,7 +418,13 @@ def compare(
         dense_epochs=dense_epochs,
         target=target,
         name=model,
-        provenance={"data": note or data, "subset": subset, "validation": validation, "batch": batch},
+        provenance={
+            "data": note or data,
+            "subset": subset,
+            "validation": validation,
+            "batch": batch,
+            "weights": None if weights is None else _named_content(weights),
+        },
         latency_table=table,
         profile_seconds=profile_seconds,
         progress=not as_json,
@@ -590,6 +597,11 @@ def _run_benchmarks(names: Sequence[str] | None) -> int:
         if code:
             return _fail(f"benchmark {name} ended with exit status {code}", 1)
     return 0
+
+
+def _named_content(path: Path) -> str:
+    """A file by its name and what is in it, wherever it lies."""
+    return f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
 def _target(device: str, runtime: str, dtype: str, memory_format: str, threads: int, keep_batch_norm: bool) -> Target:

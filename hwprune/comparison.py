@@ -2,10 +2,12 @@
 
 Every run is one call of :func:`hwprune.pipeline.prune` in its own folder, so that a comparison killed at any moment
 continues where it was, and several processes may work on one comparison: a run that another one holds is passed over.
-What is finished is gathered in ``compare.json`` (a ``context`` and ``rows``), tabulated in ``compare.md`` and drawn in
+``settings.json`` keeps what all runs share, so that rows of other epochs, data or weights never stand beside them. What
+is finished is gathered in ``compare.json`` (a ``context`` and ``rows``), tabulated in ``compare.md`` and drawn in
 ``compare.svg``.
 """
 
+import copy
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 
 from hwprune import artifact
 from hwprune.data import Data
-from hwprune.errors import InvalidInput
+from hwprune.errors import CorruptArtifact, InvalidInput
 from hwprune.latency import Target, fingerprint
+from hwprune.models import load_weights
 from hwprune.pipeline import BudgetMissed, prune
 from hwprune.search import create, method_class
 from hwprune.train import Recipe, fit
@@ -30,14 +33,7 @@ except ImportError:  # not a POSIX system: one process at a time
     fcntl = None  # type: ignore[assignment]
 
 Row = Mapping[str, Any]
-_LEFT_OUT = (
-    "settings",
-    "versions",
-    "groups",
-    "target",
-    "rounds",
-    "frontier",
-)  # of result.json; the run's folder keeps them
+_LEFT_OUT = ("settings", "groups", "target", "rounds", "frontier")  # of result.json; the run's folder keeps them
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Schedule:
 
 
 def compare(
-    network: Callable[[], nn.Module],
+    model: nn.Module,
     example: Tensor | Sequence[Tensor],
     entries: Sequence[Entry],
     budgets: Sequence[str],
@@ -106,13 +102,28 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run every method at every budget with every seed, and return the rows of all that is finished.
 
-    ``network()`` gives the dense model, ``data(seed)`` what it is trained on; ``out`` keeps everything. With
-    ``dense_epochs`` the dense model is trained first, once for all. A run that misses its budget is a row all the same,
-    and says so. Raises InvalidInput or InfeasibleBudget where a run cannot be begun.
+    ``data(seed)`` gives what is trained on; ``out`` keeps everything. With ``dense_epochs`` the dense model is trained
+    first, once for all. A run that misses its budget is a row all the same, and says so. A folder takes more methods,
+    budgets and seeds later, and no other settings. Raises InvalidInput for such, InvalidInput or InfeasibleBudget where
+    a run cannot be begun.
     """
     target = target or Target()
+    inputs = [example] if isinstance(example, Tensor) else example
+    settings = {
+        "model": name,
+        "inputs": [list(x.shape) for x in inputs],
+        "target": target.describe(),
+        "search_epochs": schedule.search,
+        "epochs": schedule.fine_tune,
+        "dense_epochs": dense_epochs,
+        **{key: value for key, value in asdict(recipe).items() if key not in ("epochs", "seed")},
+        "latency_table": None if latency_table is None else str(latency_table),
+        "profile_seconds": profile_seconds,
+        **(provenance or {}),
+    }
     with _claimed(out, wait=True):
-        start = _dense(network, data(seeds[0]), replace(recipe, epochs=dense_epochs, seed=seeds[0]), out, progress)
+        _agree(out, settings)
+        model = _dense(model, data(seeds[0]), replace(recipe, epochs=dense_epochs, seed=seeds[0]), out, progress)
     plan = [(budget, seed, entry) for budget in budgets for seed in seeds for entry in entries]
     for at, (budget, seed, entry) in enumerate(plan):
         folder = out / _stem(entry, budget, seed)
@@ -123,8 +134,6 @@ def compare(
             epochs = schedule.of(entry.name)
             loaded = data(seed)
             try:
-                model = network()
-                model.load_state_dict(start)
                 result = prune(
                     model,
                     example,
@@ -152,7 +161,8 @@ def compare(
             except BudgetMissed as missed:
                 result = missed.result
             found = {key: value for key, value in result.items() if key not in _LEFT_OUT}
-            row = {**found, "method": entry.text, "budget": budget, "seed": seed, **asdict(epochs)}
+            given = {"method": entry.text, "budget": budget, "seed": seed, "lr": recipe.lr}
+            row = {**found, **given, **asdict(epochs)}
             artifact.write_file(folder / "row.json", json.dumps(row, indent=1).encode())
         gather(out, target, provenance)
     return gather(out, target, provenance)
@@ -160,12 +170,13 @@ def compare(
 
 def gather(out: Path, target: Target, provenance: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Write ``compare.json``, ``.md`` and ``.svg`` from the finished runs in a folder; returns the rows."""
-    rows = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
-    context = {**fingerprint(target), **artifact.versions(), **(provenance or {})}
-    artifact.write_file(out / "compare.json", json.dumps({"context": context, "rows": rows}, indent=1).encode())
-    artifact.write_file(out / "compare.md", table(summary(rows)).encode())
-    if rows:
-        draw(rows, out / "compare.svg")
+    with _claimed(out, wait=True):  # two writers of one file would take it away from each other
+        rows = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
+        context = {**fingerprint(target), **artifact.versions(), **(provenance or {})}
+        artifact.write_file(out / "compare.json", json.dumps({"context": context, "rows": rows}, indent=1).encode())
+        artifact.write_file(out / "compare.md", table(summary(rows)).encode())
+        if rows:
+            draw(rows, out / "compare.svg")
     return rows
 
 
@@ -275,17 +286,36 @@ def _stem(entry: Entry, budget: str, seed: int) -> str:
     return f"{safe}-{budget.replace('%', 'pct')}-s{seed}"
 
 
-def _dense(
-    network: Callable[[], nn.Module], data: Data, recipe: Recipe, out: Path, progress: bool
-) -> dict[str, Tensor]:
-    """The weights that every run starts from: the network's own, trained where epochs are asked for."""
-    from safetensors.torch import load_file
+def _agree(out: Path, settings: Mapping[str, Any]) -> None:
+    """Keep the settings of a comparison in its folder, once, or refuse others than those; the folder is held.
+
+    Rows of a version that kept none are taken for rows of these settings.
+    """
+    path = out / "settings.json"
+    if not path.is_file():
+        artifact.write_file(path, json.dumps(settings, indent=1).encode())
+        return
+    try:
+        stored = dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise CorruptArtifact(f"{path} cannot be read ({error}); choose another folder") from error
+    differs = artifact.difference(stored, json.loads(json.dumps(settings)))
+    if differs:
+        raise InvalidInput(
+            f"{out} holds a comparison with {differs}, and rows of both cannot be compared; give the settings that it "
+            "has, or choose another folder"
+        )
+
+
+def _dense(model: nn.Module, data: Data, recipe: Recipe, out: Path, progress: bool) -> nn.Module:
+    """What every run starts from: a copy of the model, trained where epochs are asked for."""
     from safetensors.torch import save as to_safetensors
 
+    model = copy.deepcopy(model)
     path = out / "dense.safetensors"
     if path.is_file():
-        return load_file(path)
-    model = network()
+        load_weights(model, path)
+        return model
     if recipe.epochs:
         fit(
             model,
@@ -298,7 +328,7 @@ def _dense(
         )
     state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
     artifact.write_file(path, to_safetensors(state))
-    return state
+    return model
 
 
 @contextmanager

@@ -868,12 +868,10 @@ class _Run:
             settings, self.done, self.seconds = stored["settings"], stored["done"], stored["seconds"]
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptArtifact(f"{path} cannot be read ({error}); start again without --resume") from error
-        differs = [key for key in {**settings, **self.settings} if settings.get(key) != self.settings.get(key)]
+        differs = artifact.difference(settings, self.settings)
         if differs:
-            was = ", ".join(f"{key} {settings.get(key)!r}" for key in differs)
-            now = ", ".join(f"{key} {self.settings.get(key)!r}" for key in differs)
             raise InvalidInput(
-                f"{path.parent.parent} holds a run with {was}, not {now}; resume with the same, or start again without "
+                f"{path.parent.parent} holds a run with {differs}; resume with the same, or start again without "
                 "--resume"
             )
 

@@ -237,3 +237,28 @@ def test_onnx_computes_the_same(saved, tmp_path):
         np.testing.assert_allclose(y, module(x).numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(InvalidInput, match="cannot write"):
         artifact.export_onnx(folder, tmp_path / "absent" / "model.onnx")
+
+
+def test_the_commit_is_that_of_the_checkout_and_of_no_repository_around_it(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert artifact.commit_of.__wrapped__(tmp_path) is None
+    git("init", "--quiet")
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "first")
+    assert artifact.commit_of.__wrapped__(tmp_path) == git("rev-parse", "--short", "HEAD")
+    assert artifact.commit_of.__wrapped__(tmp_path / "installed") is None
+    (tmp_path / "file").write_text("2")
+    assert artifact.commit_of.__wrapped__(tmp_path) == git("rev-parse", "--short", "HEAD") + "-dirty"
+
+
+def test_settings_that_differ_are_named():
+    assert artifact.difference({"lr": 0.1, "seed": 0}, {"lr": 0.1, "seed": 0}) == ""
+    assert artifact.difference({"lr": 0.1, "old": 1}, {"lr": 0.2, "new": "x"}) == (
+        "lr 0.1, old 1, new None, not lr 0.2, old None, new 'x'"
+    )

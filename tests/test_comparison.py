@@ -2,48 +2,48 @@
 
 import json
 import multiprocessing
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hwprune import comparison
+from hwprune import artifact, comparison
 from hwprune.cli import main
 from hwprune.data import load_data
-from hwprune.errors import InvalidInput
+from hwprune.errors import CorruptArtifact, InvalidInput
+from hwprune.latency import Target
 from hwprune.models import load_model
 from hwprune.train import Recipe
 
 BUDGET = "50%flops"  # what no clock decides
 
 
-def run(out, methods="uniform,dsa", seeds=(0,), **changes):
-    def network():
-        torch.manual_seed(0)
-        return load_model("resnet8", classes=10, in_channels=1)
-
+def run(out, methods="uniform,dsa", budget=BUDGET, seeds=(0,), **changes):
+    torch.manual_seed(0)
+    settings = {
+        "schedule": comparison.Schedule(1, 1), "recipe": Recipe(batch_size=64, lr=0.05), "dense_epochs": 2,
+        "name": "resnet8", "profile_seconds": 1, "provenance": {"subset": 320}, **changes,
+    }  # fmt: skip
     return comparison.compare(
-        network,
+        load_model("resnet8", classes=10, in_channels=1),
         torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
-        [comparison.Entry.parse(text) for text in methods.split(",")],
-        [BUDGET],
+        [comparison.Entry.parse(text) for text in methods.split(",") if text],
+        [budget],
         seeds,
         lambda seed: load_data("digits", batch_size=64, subset=320, validation=0.2, seed=seed),
-        schedule=comparison.Schedule(1, 1),
-        recipe=Recipe(batch_size=64, lr=0.05),
         out=out,
-        name="resnet8",
-        profile_seconds=1,
         progress=False,
         say=lambda line: None,
-        **changes,
+        **settings,
     )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
-    return out, run(out, dense_epochs=2)
+    return out, run(out)
 
 
 def test_entries_name_method_guide_and_options():
@@ -59,6 +59,7 @@ def test_every_method_trains_for_the_same_epochs(finished):
     epochs = {row["method"]: (row["search"], row["fine_tune"]) for row in rows}
     assert epochs == {"dsa": (1, 1), "uniform": (0, 2)}
     assert len({row["dense_accuracy"] for row in rows}) == 1  # trained once, for all
+    assert all(row["lr"] == 0.05 and row["epochs"] == row["fine_tune"] for row in rows)
 
 
 def test_rows_and_figure_are_written(finished):
@@ -66,6 +67,7 @@ def test_rows_and_figure_are_written(finished):
     stored = json.loads((out / "compare.json").read_text())
     assert stored["rows"] == rows and {"torch", "hwprune"} <= set(stored["context"])
     assert all(row["met"] and row["budget"] == BUDGET and row["cut_accuracy"] is not None for row in rows)
+    assert all(row["versions"] == artifact.versions() for row in rows)
     assert (out / "compare.svg").read_text().count("</svg>") == 1
 
 
@@ -74,6 +76,65 @@ def test_what_is_finished_is_not_run_again(finished):
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")}
     assert run(out) == rows
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/row.json")} == before
+
+
+OTHERS = {
+    "lr": ({"recipe": Recipe(batch_size=64, lr=0.02)}, r"lr 0\.05, not lr 0\.02"),
+    "train batch": ({"recipe": Recipe(batch_size=32, lr=0.05)}, "batch_size 64, not batch_size 32"),
+    "epochs": ({"schedule": comparison.Schedule(1, 3)}, "epochs 1, not epochs 3"),
+    "search epochs": ({"schedule": comparison.Schedule(3, 1)}, "search_epochs 1, not search_epochs 3"),
+    "dense epochs": ({"dense_epochs": 0}, "dense_epochs 2, not dense_epochs 0"),
+    "model": ({"name": "resnet20"}, "model 'resnet8', not model 'resnet20'"),
+    "target": ({"target": Target(threads=2)}, "target .*1 thread.*, not target .*2 threads.*"),
+    "data": ({"provenance": {"subset": 640, "weights": "w"}}, "subset 320, weights None, not subset 640, weights 'w'"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_settings_are_refused_by_name(finished, case):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
+    changes, difference = OTHERS[case]
+    with pytest.raises(InvalidInput, match=f"holds a comparison with {difference}, and .* choose another folder"):
+        run(out, methods="magnitude", **changes)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"} == before
+
+
+def test_a_method_a_budget_and_a_seed_are_added(finished, tmp_path):
+    out, rows = finished
+    shutil.copytree(out, tmp_path / "more")
+    more = run(tmp_path / "more", methods="magnitude", budget="60%flops", seeds=(1,))
+    (added,) = (row for row in more if row not in rows)
+    assert len(more) == len(rows) + 1
+    assert (added["method"], added["budget"], added["seed"]) == ("magnitude", "60%flops", 1)
+
+
+def test_a_folder_without_settings_is_taken_as_it_is(finished, tmp_path):
+    out, rows = finished
+    shutil.copytree(out, tmp_path / "old")
+    settings = tmp_path / "old" / "settings.json"
+    settings.unlink()
+    assert run(tmp_path / "old", recipe=Recipe(batch_size=64, lr=0.02)) == rows
+    assert json.loads(settings.read_text())["lr"] == 0.02
+    with pytest.raises(InvalidInput, match="lr"):
+        run(tmp_path / "old")
+    settings.write_text("{")
+    with pytest.raises(CorruptArtifact, match=r"settings\.json cannot be read"):
+        run(tmp_path / "old")
+
+
+def test_of_several_calls_at_once_one_decides(tmp_path):
+    def call(place):
+        try:
+            run(tmp_path, methods="", dense_epochs=0, recipe=Recipe(lr=(place + 1) / 100))
+        except InvalidInput:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        went_on = list(pool.map(call, range(8)))
+    assert sum(went_on) == 1
+    assert json.loads((tmp_path / "settings.json").read_text())["lr"] == (went_on.index(True) + 1) / 100
 
 
 def test_a_run_that_another_process_holds_is_passed_over(finished, tmp_path):
