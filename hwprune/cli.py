@@ -362,8 +362,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Names with commas between; NAME@flops is guided by FLOPs, NAME:key=value sets an option. "
-            "All by default."
+            help="Names with commas between; NAME@flops is guided by FLOPs, NAME:key=value sets an option (a word, or "
+            "JSON). All by default."
         ),
     ] = ",".join(METHODS),
     budgets: Annotated[str, typer.Option(help="Budgets with commas between, such as 70%,50%,35%.")] = "50%",
@@ -396,7 +396,7 @@ def compare(
     Methods, budgets and seeds may be added to a folder; whatever else differs from its first call is refused.
     """
     target = _target(device, runtime, dtype, memory_format, threads, keep_batch_norm)
-    entries = [comparison.Entry.parse(text) for text in methods.split(",")]
+    entries = comparison.Entry.parse_all(methods)
     limits = [str(Budget.parse(text)) for text in budgets.split(",")]
 
     def load(seed: int) -> Data:

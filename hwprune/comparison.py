@@ -40,7 +40,8 @@ _LEFT_OUT = ("settings", "groups", "target", "rounds", "frontier")  # of result.
 class Entry:
     """A method as a comparison writes it, with ``text`` as the name of its rows.
 
-    ``NAME``, ``NAME@flops`` (guided by FLOPs, held to the same milliseconds), ``NAME:key=value:key=value`` for options.
+    ``NAME``, ``NAME@flops`` (guided by FLOPs, held to the same milliseconds), ``NAME:key=value:key=value`` for options,
+    whose values are JSON or plain words.
     """
 
     text: str
@@ -51,7 +52,7 @@ class Entry:
     @classmethod
     def parse(cls, text: str) -> "Entry":
         """Raises InvalidInput for an unknown method, guide or option."""
-        head, *pairs = text.strip().split(":")
+        head, *pairs = _parts(text.strip(), ":")
         name, _, guide = head.partition("@")
         if guide not in ("", "ms", "flops"):
             raise InvalidInput(f"method {text!r} asks for the guide {guide!r}; possible: ms, flops")
@@ -66,6 +67,11 @@ class Entry:
                 options[key] = value
         create(name, **options)
         return cls(text.strip(), name, guide or "ms", options)
+
+    @classmethod
+    def parse_all(cls, text: str) -> "list[Entry]":
+        """Entries with commas between; see :meth:`parse`."""
+        return [cls.parse(part) for part in _parts(text, ",")]
 
 
 @dataclass(frozen=True)
@@ -270,6 +276,29 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         right.set(xlabel="wall time of one whole flow, s")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    """Text split at the separators that stand in no bracket and in no JSON string. Raises InvalidInput."""
+    parts, depth, start, quoted, escaped = [], 0, 0, False, False
+    for at, character in enumerate(text):
+        if quoted:
+            quoted = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            quoted = True
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        elif character == separator and not depth:
+            parts.append(text[start:at])
+            start = at + 1
+    if depth or quoted:
+        raise InvalidInput(
+            f"method {text!r} has a bracket or a quotation mark without its other half; write JSON values"
+        )
+    return [*parts, text[start:]]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

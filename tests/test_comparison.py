@@ -54,6 +54,18 @@ def test_entries_name_method_guide_and_options():
             comparison.Entry.parse(text)
 
 
+def test_values_of_options_may_hold_commas_and_colons():
+    text = 'dais:temperature=[1.0,0.01]:anneal=false, ddpnas:around=dsa:around_options={"theta":2.5,"lr":0.1},uniform'
+    first, second, third = comparison.Entry.parse_all(text)
+    assert (first.name, first.options) == ("dais", {"temperature": [1.0, 0.01], "anneal": False})
+    assert second.options == {"around": "dsa", "around_options": {"theta": 2.5, "lr": 0.1}}
+    assert third.text == "uniform"
+    assert comparison._parts(r'a:b="x:\":y":c=[{"k":1},2]', ":") == ["a", r'b="x:\":y"', 'c=[{"k":1},2]']
+    for broken in ("dais:temperature=[1.0,0.01", 'dsa:scores="gamma', "dais:temperature=1.0],uniform"):
+        with pytest.raises(InvalidInput, match="without its other half"):
+            comparison.Entry.parse_all(broken)
+
+
 def test_every_method_trains_for_the_same_epochs(finished):
     _, rows = finished
     epochs = {row["method"]: (row["search"], row["fine_tune"]) for row in rows}

@@ -1,7 +1,11 @@
 """The methods find what is known to be there, meet their budget, and continue exactly where they were stopped."""
 
 import copy
+import inspect
 import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from hwprune.importance import LiveImportance
 from hwprune.latency import CostModel, flops_model
 from hwprune.latency.model import CostAxis, CostTerm
 from hwprune.search import METHODS, Search, create, method_class, search
-from hwprune.search.base import refilled, worth
+from hwprune.search.base import _fits, refilled, worth
 from hwprune.search.dsa import DSA
 from hwprune.train import Recipe
 
@@ -580,17 +584,61 @@ def test_registered_methods_describe_themselves(name):
     "make, message",
     [
         (lambda: create("dsaa"), "unknown; possible: csr, dais, .*uniform"),
-        (lambda: create("dsa", learning_rate=1), "its options: lr, theta"),
+        (lambda: create("dsa", learning_rate=1), "'dsa' does not take learning_rate; its options: lr, theta"),
+        (lambda: create("uniform", name="x"), "does not take name; its options: kind"),
+        (lambda: create("dsa", theta="high"), r"cannot use theta='high'; it takes theta: float = 3\.0"),
+        (
+            lambda: create("dsa", temperature=[2.0]),
+            r"cannot use temperature=\[2\.0\]; it takes .*tuple\[float, float\]",
+        ),
+        (lambda: create("ddpnas", around="dsa", around_options={"x": 1}), "'dsa' does not take x"),
         (lambda: create("dsa", temperature=(5.0, 1.0)), "must rise"),
         (lambda: create("dsa", interval=0), "interval"),
         (lambda: create("dsa", scores="l2"), "gamma, taylor"),
         (lambda: create("uniform", kind="random"), "one of bn"),
     ],
-    ids=["method", "option", "temperature", "interval", "scores", "kind"],
+    ids=["method", "option", "name", "theta", "pair", "inner", "temperature", "interval", "scores", "kind"],
 )
 def test_wrong_options_are_named(make, message):
     with pytest.raises(InvalidInput, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "kind, fitting, unfit",
+    [
+        (float, [1, 0.5, np.float32(1)], ["1", True, None, [1.0]]),
+        (int, [1, np.int64(2)], [1.0, "1", False]),
+        (bool, [True], [1, "true"]),
+        (float | None, [None, 2], ["none"]),
+        (tuple[float, float], [[1, 0.5], (1.0, 2.0)], [[1.0], [1.0, "x"], 1.0]),
+        (str | Sequence[int] | None, ["dsa", [1, 2], np.array([3, 4])], [1, [1.5]]),
+        (Mapping[str, Any] | None, [{"a": 1}, None], ["a"]),
+        (Literal["l1", "l2"], ["l1", "l3"], [2]),
+        (inspect.Parameter.empty, ["anything"], []),
+    ],
+    ids=str,
+)
+def test_values_fit_the_annotations_of_options(kind, fitting, unfit):
+    assert [_fits(value, kind) for value in fitting] == [True] * len(fitting)
+    assert [_fits(value, kind) for value in unfit] == [False] * len(unfit)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_defaults_fit_their_own_annotations(name):
+    options = {key: p.default for key, p in inspect.signature(method_class(name)).parameters.items()}
+    assert isinstance(create(name, **options), method_class(name))
+
+
+def test_a_mistake_inside_a_method_is_not_blamed_on_its_options(monkeypatch):
+    class Broken(DSA):
+        def __init__(self, theta: float = 3.0) -> None:
+            super().__init__(nosuch=theta)
+
+    monkeypatch.setitem(METHODS, "broken", f"{__name__}:Broken")
+    monkeypatch.setattr(sys.modules[__name__], "Broken", Broken, raising=False)
+    with pytest.raises(TypeError, match="nosuch"):
+        create("broken", theta=1.0)
 
 
 def test_bounds_are_checked_and_leave_the_network_unmasked(pretrained):

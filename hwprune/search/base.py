@@ -5,11 +5,14 @@ masks, the cost model and the budget controller, so that they can be compared at
 """
 
 import importlib
+import inspect
+import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -437,16 +440,39 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-def create(name: str, **options: Any) -> Method:
-    """A method by name. Raises InvalidInput for an unknown name or option."""
+def create(name: str, /, **options: Any) -> Method:
+    """A method by name. Raises InvalidInput for an unknown name or option, or a value of the wrong kind."""
     cls = method_class(name)
-    try:
-        return cls(**options)
-    except TypeError as error:
-        accepted = [key for key in cls.__init__.__annotations__ if key != "return"]
+    accepted = inspect.signature(cls).parameters
+    unknown = [key for key in options if key not in accepted]
+    if unknown:
         raise InvalidInput(
-            f"search method {name!r} does not take {options}; its options: {', '.join(accepted) or 'none'}"
-        ) from error
+            f"search method {name!r} does not take {', '.join(unknown)}; its options: {', '.join(accepted) or 'none'}"
+        )
+    unfit = [key for key, value in options.items() if not _fits(value, accepted[key].annotation)]
+    if unfit:
+        given = ", ".join(f"{key}={options[key]!r}" for key in unfit)
+        wanted = ", ".join(str(accepted[key]) for key in unfit)
+        raise InvalidInput(f"search method {name!r} cannot use {given}; it takes {wanted}")
+    return cls(**options)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value, of JSON or of a program, is of the kind that an annotation says; what it does not know fits."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:  # which of them there are is the method's to say
+        return any(isinstance(value, type(part)) for part in parts)
+    if origin is tuple:
+        same = isinstance(value, list | tuple) and len(value) == len(parts)
+        return same and all(_fits(item, part) for item, part in zip(value, parts, strict=True))
+    if origin is Sequence:
+        return isinstance(value, Iterable) and not isinstance(value, str) and all(_fits(x, parts[0]) for x in value)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    found = origin or kind
+    return not isinstance(found, type) or found is inspect.Parameter.empty or isinstance(value, found)
 
 
 @dataclass(frozen=True)
