@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from hwprune import comparison
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -30,6 +32,9 @@ def main() -> None:
     cifar = RESULTS / "cifar10_cpu.json"
     if cifar.exists():
         draw_accuracy(json.loads(cifar.read_text())["rows"], RESULTS / "cifar10_cpu.svg")
+    leaderboard = RESULTS / "leaderboard_cpu.json"
+    if leaderboard.exists():
+        comparison.draw(json.loads(leaderboard.read_text())["rows"], leaderboard.with_suffix(".svg"))
 
 
 def draw_operators(rows: list[dict[str, Any]], path: Path) -> None:
@@ -89,7 +94,7 @@ def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.plot([100 * x for x, _ in points], [100 * y for _, y in points], linewidth=1.2, **style)
         axis.set(xlabel="measured latency, % of dense", ylabel="accuracy, %", title=f"{model}, batch {batch}")
         axis.legend(fontsize=7, frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 

@@ -9,6 +9,7 @@ is finished is gathered in ``compare.json`` (a ``context`` and ``rows``), tabula
 
 import copy
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hwprune import artifact
+from hwprune.budget import Budget
 from hwprune.data import Data
 from hwprune.errors import CorruptArtifact, InvalidInput
 from hwprune.latency import Target, fingerprint
@@ -33,6 +35,7 @@ except ImportError:  # not a POSIX system: one process at a time
     fcntl = None  # type: ignore[assignment]
 
 Row = Mapping[str, Any]
+_ONE_LEVEL = 1.25  # dense latencies further apart than by this factor are no drift
 _LEFT_OUT = ("settings", "groups", "target", "rounds", "frontier")  # of result.json; the run's folder keeps them
 
 
@@ -207,14 +210,25 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "measured_ms": statistics.fmean(run["measured_ms"] for run in runs),
                 "share_of_dense": statistics.fmean(share),
                 "share_std": statistics.stdev(share) if len(runs) > 1 else None,
+                "share_of_budget": statistics.fmean(map(_used, runs)),
                 "met": sum(bool(run["met"]) for run in runs),
                 "wall_s": statistics.fmean(run["wall_s"]["total"] for run in runs),
             }
         )
-    return sorted(lines, key=lambda line: (-_amount(line["budget"]), -line["accuracy"]))
+    return sorted(lines, key=lambda line: (-Budget.parse(line["budget"]).amount, -line["accuracy"]))
 
 
-COLUMNS = ("budget", "method", "right after the cut", "accuracy", "measured", "of dense", "met", "wall time")
+COLUMNS = (
+    "budget",
+    "method",
+    "right after the cut",
+    "accuracy",
+    "measured",
+    "of dense",
+    "of budget",
+    "met",
+    "wall time",
+)
 
 
 def cells(line: Row) -> tuple[str, ...]:
@@ -227,6 +241,7 @@ def cells(line: Row) -> tuple[str, ...]:
         f"{100 * line['accuracy']:.2f}{spread} %",
         f"{line['measured_ms']:.4g} ms",
         f"{line['share_of_dense']:.1%}",
+        f"{line['share_of_budget']:.1%}",
         f"{line['met']}/{line['seeds']}",
         f"{line['wall_s']:.0f} s",
     )
@@ -239,13 +254,19 @@ def table(lines: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against measured latency with standard deviations over seeds, and the wall time of each whole flow."""
+    """Accuracy against measured latency with standard deviations over seeds, and the wall time of each whole flow.
+
+    Latencies are parts of the dense one of the same window, in which a drifting machine takes no part; where all rows
+    have about one dense latency they are given in ms of its median, with the parts on top.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     lines = summary(rows)
+    dense_ms = _dense_level(rows)
+    unit = dense_ms or 100.0  # of the axis, for the whole dense latency
     methods = sorted({line["method"] for line in lines})
     colours = {method: f"C{at}" if at < 10 else plt.get_cmap("tab20b")(at) for at, method in enumerate(methods)}
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
@@ -254,11 +275,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, height), layout="constrained", width_ratios=(3, 2))
         for method in methods:
             mine = sorted((line for line in lines if line["method"] == method), key=lambda line: line["share_of_dense"])
-            left.errorbar(
-                [100 * line["share_of_dense"] for line in mine],
+            bars = left.errorbar(
+                [unit * line["share_of_dense"] for line in mine],
                 [100 * line["accuracy"] for line in mine],
-                xerr=[100 * (line["share_std"] or 0) for line in mine],
-                yerr=[100 * (line["accuracy_std"] or 0) for line in mine],
+                xerr=[math.nan if line["share_std"] is None else unit * line["share_std"] for line in mine],
+                yerr=[math.nan if line["accuracy_std"] is None else 100 * line["accuracy_std"] for line in mine],
                 marker="o",
                 markersize=4,
                 linewidth=1,
@@ -266,9 +287,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 color=colours[method],
                 label=method,
             )
+            # Names in the file, by which its lines are told apart.
+            bars.lines[0].set_gid(f"line {method}")
+            for direction, spread in zip("xy", bars.lines[2], strict=True):
+                spread.set_gid(f"spread {direction} {method}")
         dense = 100 * statistics.fmean(line["dense_accuracy"] for line in lines)
         left.axhline(dense, color="#7a8896", linewidth=0.8, linestyle=":")
-        left.set(xlabel="measured latency, % of dense", ylabel="accuracy, %")
+        left.set(xlabel=f"measured latency, {'% of dense' if dense_ms is None else 'ms'}", ylabel="accuracy, %")
+        if dense_ms is not None:
+            top = left.secondary_xaxis(
+                "top", functions=(lambda ms: 100 * ms / dense_ms, lambda part: part * dense_ms / 100)
+            )
+            top.set_xlabel(f"% of dense, {dense_ms:.3g} ms")
         left.legend(fontsize=7, frameon=False)
         walls = {m: statistics.fmean(line["wall_s"] for line in lines if line["method"] == m) for m in methods}
         order = sorted(methods, key=lambda method: walls[method])
@@ -306,8 +336,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _amount(budget: str) -> float:
-    return float("".join(character for character in budget if character.isdigit() or character == "."))
+def _used(row: Row) -> float:
+    """The part of its budget, in ms or in FLOPs, that the network of a row takes."""
+    if row["budget_ms"] is not None:
+        return float(row["measured_ms"] / row["budget_ms"])
+    return float(row["flops"] / (Budget.parse(row["budget"]).amount * row["dense_flops"]))
+
+
+def _dense_level(rows: Sequence[Row]) -> float | None:
+    """The median dense latency in ms; None where some row's is another: its machine or its batch was."""
+    every = [row["dense_ms"] for row in rows]
+    level = statistics.median(every)
+    return level if max(every) <= _ONE_LEVEL * level and level <= _ONE_LEVEL * min(every) else None
 
 
 def _stem(entry: Entry, budget: str, seed: int) -> str:

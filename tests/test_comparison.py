@@ -3,8 +3,11 @@
 import json
 import multiprocessing
 import shutil
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hwprune.latency import Target
 from hwprune.models import load_model
 from hwprune.train import Recipe
 
+ROOT = Path(__file__).resolve().parent.parent
 BUDGET = "50%flops"  # what no clock decides
 
 
@@ -80,7 +84,75 @@ def test_rows_and_figure_are_written(finished):
     assert stored["rows"] == rows and {"torch", "hwprune"} <= set(stored["context"])
     assert all(row["met"] and row["budget"] == BUDGET and row["cut_accuracy"] is not None for row in rows)
     assert all(row["versions"] == artifact.versions() for row in rows)
-    assert (out / "compare.svg").read_text().count("</svg>") == 1
+    assert len(lines_drawn((out / "compare.svg").read_text())) == 2
+
+
+def lines_drawn(svg):
+    """Method -> (points, points with an error bar in both directions) of a figure."""
+    points, bars = {}, defaultdict(list)
+    for group in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}g"):
+        kind, _, name = group.get("id", "").partition(" ")
+        if kind == "line":
+            points[name] = sum(1 for _ in group.iter("{http://www.w3.org/2000/svg}use"))
+        elif kind == "spread":
+            _, name = name.split(" ", 1)
+            drawn = (path.get("d", "").strip() for path in group.iter("{http://www.w3.org/2000/svg}path"))
+            bars[name].append(sum(map(bool, drawn)))
+    return {name: (count, min(bars[name])) for name, count in points.items()}
+
+
+def made_rows(
+    seeds, methods=("dsa", 'dsa:temperature=[1.0,0.01],"x"', "uniform"), budgets=("70%", "50%"), dense_ms=2.0
+):
+    """Rows of made figures: every network takes nine tenths of its budget, on a machine that drifts by a tenth."""
+    rows = []
+    for place, method in enumerate(methods):
+        for budget in budgets:
+            for seed in range(seeds):
+                dense = dense_ms * (1 + 0.1 * seed)
+                limit = float(budget.rstrip("%")) / 100 * dense
+                rows.append(
+                    {
+                        "method": method, "budget": budget, "seed": seed, "accuracy": 0.8 - 0.01 * (place + seed),
+                        "dense_accuracy": 0.9, "dense_ms": dense, "budget_ms": limit, "met": True,
+                        "measured_ms": (0.9 + 0.01 * seed) * limit, "wall_s": {"total": 10.0},
+                    }
+                )  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_figure_has_a_line_per_method_and_spreads_over_seeds(tmp_path, seeds):
+    rows = made_rows(seeds)
+    comparison.draw(rows, tmp_path / "figure.svg")
+    bars = 2 if seeds > 1 else 0
+    assert lines_drawn((tmp_path / "figure.svg").read_text()) == {row["method"]: (2, bars) for row in rows}
+
+
+def test_a_figure_is_in_ms_where_all_rows_have_one_dense_latency(tmp_path):
+    comparison.draw(made_rows(2), tmp_path / "one.svg")
+    comparison.draw([*made_rows(1), *made_rows(1, methods=("psap",), dense_ms=4.0)], tmp_path / "two.svg")
+    one, two = ((tmp_path / name).read_text() for name in ("one.svg", "two.svg"))
+    assert "measured latency, ms" in one and "% of dense, 2.1 ms" in one
+    assert "measured latency, % of dense" in two and "latency, ms" not in two
+
+
+def test_what_is_used_of_a_budget_is_of_its_own_unit(finished):
+    (line,) = comparison.summary(made_rows(2, methods=("dsa",), budgets=("50%",)))
+    assert line["share_of_budget"] == pytest.approx(0.905) and line["share_of_dense"] == pytest.approx(0.4525)
+    assert comparison.cells(line)[comparison.COLUMNS.index("of budget")] == "90.5%"
+    for line in comparison.summary(finished[1]):  # held to half of the FLOPs
+        (row,) = (row for row in finished[1] if row["method"] == line["method"])
+        assert line["share_of_budget"] == pytest.approx(2 * row["flops"] / row["dense_flops"]) and line["met"] == 1
+
+
+def test_the_readme_shows_the_stored_comparison():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "leaderboard_cpu.json").read_text())["rows"]
+    table = comparison.table(comparison.summary(rows))
+    assert table in (ROOT / "README.md").read_text(), f"README.md should show this table:\n{table}"
+    drawn = lines_drawn((ROOT / "benchmarks" / "results" / "leaderboard_cpu.svg").read_text())
+    counts = Counter(line["method"] for line in comparison.summary(rows))
+    assert drawn == {method: (count, count) for method, count in counts.items()}, "run benchmarks/plot.py"
 
 
 def test_what_is_finished_is_not_run_again(finished):
