@@ -42,6 +42,7 @@ LEAST_USE = 0.93  # of the budget; a network that measures less is grown again
 MOST_USE = 0.985  # of the budget while allocating, so that noise in the last measurement does not break it
 COLUMNS_PAY = 0.98  # of the time without them; below it, column kernels are deployed
 AIM = 0.965  # where the next allocation aims, in the middle of the two
+TURN_S = 0.1  # that a network is measured for before another has its turn
 
 Attention = Literal["heads", "dims"]
 Say = Callable[[str], None]
@@ -621,7 +622,7 @@ class Pruning:
         reference = Reference.start(deployed[0], inputs, self.target)
         turns = [
             [
-                measure_callable(run, inputs, self.target, seconds=0.1, min_blocks=3, reference=reference)
+                measure_callable(run, inputs, self.target, seconds=TURN_S, min_blocks=3, reference=reference)
                 for run in deployed
             ]
             for _ in range(rounds)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_search import Chain
 from torch import nn
 
 import hwprune
@@ -18,6 +19,7 @@ from hwprune.data import load_data
 from hwprune.errors import HwpruneError, InfeasibleBudget, InvalidInput, TrainingDiverged, UnsupportedModel
 from hwprune.models import load_model
 from hwprune.pipeline import AIM, LEAST_USE, MOST_USE, BudgetMissed, Pruning, _Allowance
+from hwprune.search import METHODS
 from hwprune.train import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +197,7 @@ def left_alone(data, example, profiled):
 @pytest.mark.parametrize("step", LINE)
 def test_an_interruption_anywhere_loses_nothing(data, example, table, tmp_path, monkeypatch, left_alone, step):
     """Ctrl-C as each step of the line begins: the run goes on, and ends with the weights of one that was left alone."""
+    monkeypatch.setattr(pipeline, "TURN_S", 0.003)  # the budget is in FLOPs: no time decides anything
     run = {"out": tmp_path / "run", "resume": True, "calibration_loader": data.calibration, **REFITTED}
     before = table.read_text()
 
@@ -209,6 +212,50 @@ def test_an_interruption_anywhere_loses_nothing(data, example, table, tmp_path, 
     continued = prune(data, example, table, **run)
     assert continued.result["widths"] == left_alone.result["widths"]
     torch.testing.assert_close(dict(continued.module.state_dict()), dict(left_alone.module.state_dict()))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Three layers, data of four steps an epoch, and a latency table: what a search of any method is quick on."""
+    torch.manual_seed(0)
+    model, inputs = Chain((8, 12, 8), classes=10), torch.randn(32, 1, 8, 8)
+    path = tmp_path_factory.mktemp("chain") / "table.jsonl"
+    hwprune.profile(model, inputs, table=path, profile_seconds=1, progress=False)
+    return model, inputs, path, load_data("digits", batch_size=32, subset=160, validation=0.2)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_goes_on_where_it_was_interrupted(chain, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(pipeline, "TURN_S", 0.003)  # the budget is in FLOPs: no time decides anything
+    model, inputs, table, loaded = chain
+
+    def run(train, out):
+        return hwprune.prune(
+            model,
+            inputs,
+            train_loader=train,
+            validation_loader=loaded.validation,
+            calibration_loader=loaded.calibration,
+            budget="50%flops",
+            method=method,
+            recipe=Recipe(lr=0.05, batch_size=32),
+            search_epochs=4,
+            epochs=1,
+            table=table,
+            out=out,
+            resume=True,
+            progress=False,
+        )
+
+    whole = run(loaded.train, None)
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(loaded.train, 10), tmp_path / "run")
+    kept = torch.load(next((tmp_path / "run" / "state").glob("*.checkpoint")), weights_only=True)
+    assert kept["step"] == 8  # half of the search: the end of the epoch before
+    resumed = run(loaded.train, tmp_path / "run")
+    assert resumed.result["widths"] == whole.result["widths"]
+    assert min(resumed.result["widths"].values()) < 8
+    torch.testing.assert_close(dict(resumed.module.state_dict()), dict(whole.module.state_dict()))
 
 
 def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
