@@ -38,7 +38,8 @@ def chosen(op="masked_conv2d", kernel=3, groups=1, masked=True, columns=None):
     """The backend's module; enough products that the C++ one is not passed over for a small problem."""
     x, weight = torch.empty(64, 64, 32, 32), torch.empty(64, 64 // groups, kernel, kernel)
     mask = torch.ones(64) if masked else None
-    return masked_conv._backend(op, x, weight, mask, None, groups, columns, "auto")
+    geometry = (1, 1), (0, 0), (1, 1), groups
+    return masked_conv._backend(op, x, weight, mask, None, geometry, columns, "auto")
 
 
 def test_an_entry_changes_the_choice_of_its_calls_only(measure, monkeypatch):
