@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from hwprune import __version__, artifact, comparison, ops, pipeline
 from hwprune.budget import Budget
-from hwprune.data import Data, load_data
+from hwprune.data import HELD_OUT, Data, load_data
 from hwprune.errors import BackendUnavailable, HwpruneError, InvalidInput
 from hwprune.graph import trace
 from hwprune.latency import LatencyTable, Target, available_runtimes, fingerprint
 from hwprune.latency import merge as merge_tables
 from hwprune.models import load_model
-from hwprune.search import DEFAULT_METHOD, METHODS, method_class
+from hwprune.search import DEFAULT_METHOD, METHODS, create, method_class
 from hwprune.train import Recipe
 
 app = typer.Typer(
@@ -269,8 +269,11 @@ def prune(
     ] = None,
     subset: Annotated[int | None, typer.Option(help="Train on so many images only.")] = None,
     validation: Annotated[
-        float, typer.Option(help="Part of the training images held out, for methods that search on others.", min=0)
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Part of the training images held out; by default a tenth for methods that judge on such.", min=0
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     batch: Annotated[int, typer.Option(help="Batch whose latency counts.", min=1)] = 1,
     device: Device = "cpu",
@@ -292,7 +295,15 @@ def prune(
 ) -> int:
     """Prune a network to a budget measured on this machine, and train what is left."""
     target = _target(device, runtime, dtype, memory_format, threads, keep_batch_norm)
-    loaded = load_data(data, batch_size=train_batch, subset=subset, validation=validation, seed=seed)
+    options = _options(option)
+    wanted = validation is None and create(method, **options).wants_held_out
+    share = None if wanted else validation or 0.0
+    loaded = load_data(data, batch_size=train_batch, subset=subset, validation=share, seed=seed)
+    if share is None:
+        share = 0.0 if loaded.validation is None else HELD_OUT
+        if share and not as_json:
+            whose = f"{share:.0%} of the training images, or those that the data bring"
+            print(f"{method} judges on images held out of training: {whose} (--validation)", file=sys.stderr)
     torch.manual_seed(seed)
     network = load_model(model, classes=loaded.classes, in_channels=loaded.shape[0], weights=weights)
     example = torch.randn((batch, *loaded.shape), generator=torch.Generator().manual_seed(seed))
@@ -309,7 +320,7 @@ def prune(
             budget=budget,
             target=target,
             method=method,
-            options=_options(option),
+            options=options,
             refit=refit,
             guide=guide,
             minimum=minimum,
@@ -330,7 +341,7 @@ def prune(
             provenance={
                 "data": data,
                 "subset": subset,
-                "validation": validation,
+                "validation": share,
                 "weights": str(weights) if weights else None,
             },
             progress=not as_json,

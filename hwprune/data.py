@@ -25,6 +25,7 @@ from hwprune.models import call, split_spec
 Batch = tuple[Any, Any]  # inputs: a tensor or a tuple of tensors; targets: whatever the loss takes
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of pixels in 0..1
+HELD_OUT = 0.1  # of the training images, where a search wants some and nobody says how many
 _SUBSET_SEED = 0  # a constant: the same N images whatever the seed of the run, so that runs can be compared
 
 
@@ -175,7 +176,7 @@ def load_data(
     *,
     batch_size: int = 128,
     subset: int | None = None,
-    validation: float = 0.0,
+    validation: float | None = 0.0,
     seed: int = 0,
 ) -> Data:
     """Load the data set that ``spec`` names.
@@ -191,13 +192,14 @@ def load_data(
         batch_size: images per step, over all processes; the test split is read in batches of at least 250.
         subset: train on this many images only, the same ones whatever the seed; stratified by class, unless the data
             set is the user's own.
-        validation: fraction of the training images held out, stratified likewise.
+        validation: fraction of the training images held out, stratified likewise, and not augmented unless the data set
+            is the user's own. None: a tenth, where they can be split and bring no validation images of their own.
         seed: decides order and augmentation.
 
     Raises:
         InvalidInput: the name is unknown or the files are not what it says.
     """
-    if not 0 <= validation < 1:
+    if validation is not None and not 0 <= validation < 1:
         raise InvalidInput(f"validation is {validation}; it is the fraction of training images held out: 0 <= x < 1")
     if subset is not None and subset < 1:
         raise InvalidInput(f"subset is {subset}; it is the number of training images to use: at least 1")
@@ -213,7 +215,7 @@ def load_data(
     else:
         known = ", ".join(("digits", *(f"{reader}:PATH" for reader in _READERS), "package.module:function"))
         raise InvalidInput(f"no data set is called {spec!r}; there are {known}")
-    return _in_memory(spec, images, batch_size, subset, validation, seed)
+    return _in_memory(spec, images, batch_size, subset, HELD_OUT if validation is None else validation, seed)
 
 
 def _in_memory(name: str, source: _Images, batch_size: int, subset: int | None, validation: float, seed: int) -> Data:
@@ -256,7 +258,7 @@ def _in_memory(name: str, source: _Images, batch_size: int, subset: int | None, 
         calibration=loader(calibration, batch_size, None, False),
         classes=source.classes,
         shape=(channels, height, width),
-        validation=loader(parts["validation"], batch_size, source.augmentation, True) if held_out else None,
+        validation=loader(parts["validation"], batch_size, None, True) if held_out else None,
     )
 
 
@@ -550,7 +552,7 @@ _READERS: dict[str, Callable[[str], _Images]] = {
 }
 
 
-def _users_own(spec: str, batch_size: int, subset: int | None, validation: float, seed: int) -> Data:
+def _users_own(spec: str, batch_size: int, subset: int | None, validation: float | None, seed: int) -> Data:
     source, options = split_spec(spec)
     result = call(source, {"batch_size": batch_size, "seed": seed}, options)
     if isinstance(result, Data):
@@ -568,6 +570,8 @@ def _users_own(spec: str, batch_size: int, subset: int | None, validation: float
         )
     train, held_out = result["train"], result.get("validation")
     if _is_dataset(train):
+        if validation is None:
+            validation = HELD_OUT if held_out is None else 0.0
         train, split = _split(train, subset, validation)
         held_out = held_out if split is None else split
     elif subset is not None or validation:

@@ -147,13 +147,13 @@ def prune(
     ``example_inputs`` fix the batch whose latency counts: [N, ...]. The budget is ``budget_ms``, or a text: "2.4ms",
     "50%" of the dense latency, or "50%flops". ``model`` is left as it is. The loaders give (inputs, labels);
     ``loss_fn(outputs, labels)`` is cross-entropy by default. Methods that learn or choose on images beside those that
-    train the weights take them from ``validation_loader``, or, without one, from ``calibration_loader``, which gives
-    training images without augmentation. ``refit`` solves the layers behind the cut for what was cut away, by least
-    squares on the calibration images; None leaves that to the method. ``dense_epochs`` train the dense model first,
-    ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide`` is the
-    cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget. ``minimum``
-    (for all groups, or by group name), ``multiple`` and ``pinned`` (by name) bind the widths; a full width is always
-    allowed, and a group that they name is never removed.
+    train the weights take them from ``validation_loader``, or, without one, which is said, from ``calibration_loader``,
+    which gives training images without augmentation. ``refit`` solves the layers behind the cut for what was cut away,
+    by least squares on the calibration images; None leaves that to the method. ``dense_epochs`` train the dense model
+    first, ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide``
+    is the cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget.
+    ``minimum`` (for all groups, or by group name), ``multiple`` and ``pinned`` (by name) bind the widths; a full width
+    is always allowed, and a group that they name is never removed.
 
     With ``out``, the folder keeps the artifact, ``report.html``, ``result.json`` and the state from which ``resume``
     continues. ``table`` is the latency table to use and extend (by default the one in ``out``), in about
@@ -162,7 +162,7 @@ def prune(
     Raises InvalidInput or InfeasibleBudget before any training when the budget cannot be met, UnsupportedModel when
     the model cannot be traced, TrainingDiverged, and BudgetMissed when the finished network measured above the budget.
     """
-    create(method, **(options or {}))  # an unknown method or option is said before anything is measured
+    chosen = create(method, **(options or {}))  # an unknown method or option is said before anything is measured
     recipe = replace(recipe or Recipe(), seed=seed)
     work = Pruning(
         model,
@@ -193,8 +193,10 @@ def prune(
         progress=progress,
         say=say,
     )
+    if chosen.wants_held_out and validation_loader is None:
+        work.say(f"no images are held out: {method} judges on images that the weights are trained on")
     calibration = calibration_loader or train_loader
-    train = _Trainer(work, train_loader, test_loader, validation_loader or calibration, calibration, recipe, loss_fn)
+    train = _Trainer(work, train_loader, test_loader, validation_loader, calibration, recipe, loss_fn)
     train.dense(dense_epochs)
     train.search(method, search_epochs, options or {}, seed)
     module = work.cut(calibration=calibration, refit=refit)
@@ -287,12 +289,14 @@ class Pruning:
         options: Mapping[str, Any] | None = None,
         seed: int = 0,
         held_out: Iterable[Any] | None = None,
+        calibration: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
     ) -> Iterator[Search]:
         """Masks on ``work.model``: the step hooks to call around every one of ``steps`` optimiser steps.
 
         Leaving the block takes the masks off and keeps what the method found for :meth:`cut`. ``held_out`` yields
-        (inputs, labels) beside those that train the weights, for methods that use such; ``loss_fn`` is their loss.
+        (inputs, labels) beside those that train the weights, for methods that use such; ``calibration`` yields training
+        images, which stand in for them; ``loss_fn`` is their loss.
         """
         controller = BudgetController(self._cost_limit(), float(self.cost.dense), ramp_steps=steps // 2)
         self.dense = copy.deepcopy(self.model)
@@ -308,6 +312,7 @@ class Pruning:
             seed,
             pinned=self._fixed["pinned"],
             held_out=held_out,
+            calibration=calibration,
             loss_fn=loss_fn,
             program=self.program,
         ) as search:
@@ -740,7 +745,7 @@ class _Trainer:
         work: Pruning,
         train_loader: Iterable[Any],
         test_loader: Iterable[Any] | None,
-        validation_loader: Iterable[Any],
+        validation_loader: Iterable[Any] | None,
         calibration_loader: Iterable[Any],
         recipe: Recipe,
         loss_fn: LossFn | None,
@@ -775,6 +780,7 @@ class _Trainer:
                 options=options,
                 seed=seed,
                 held_out=self.validation_loader,
+                calibration=self.calibration_loader,
                 loss_fn=self.loss_fn,
             ) as hooks,
         ):

@@ -259,11 +259,7 @@ class _Run:
             self.epoch_rng = _rng_state(self.device)
         else:
             _set_rng_state(self.epoch_rng, self.device)
-        set_epoch = getattr(self.loader, "set_epoch", None) or getattr(
-            getattr(self.loader, "sampler", None), "set_epoch", None
-        )
-        if set_epoch is not None:
-            set_epoch(self.epoch)
+        begin_epoch(self.loader, self.epoch)
         iterator = itertools.islice(self.loader, self.steps_per_epoch)
         if resumed_rng is not None:
             # Loaders draw from the global generators: let them draw for the batches that are already done, too.
@@ -473,6 +469,13 @@ class _Run:
         self.history = History(**content["history"])
         self.epoch_rng = content["epoch_rng"]
         _set_rng_state(content["rng"][self.rank], self.device)
+
+
+def begin_epoch(loader: Loader, epoch: int) -> None:
+    """Tell a loader, or its sampler, which epoch it is iterated for next; those that do not ask are left alone."""
+    set_epoch = getattr(loader, "set_epoch", None) or getattr(getattr(loader, "sampler", None), "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
 
 
 def evaluate(model: nn.Module, loader: Loader, loss_fn: LossFn | None = None) -> Metrics:

@@ -174,6 +174,22 @@ def test_a_finished_run_is_one_document(finished):
     assert result["settings"]["data"] == "digits"
 
 
+def test_images_are_held_out_for_methods_that_judge_on_them(capsys, finished, table, tmp_path):
+    short = [*PRUNE, "--dense-epochs", 0, "--epochs", 0, "--budget", "50%flops", "--table", table, "--out", tmp_path]
+    for arguments, share, line in (
+        ([], 0.1, "iterative judges on images held out of training: 10% of the training images, or those"),
+        (
+            ["--validation", 0],
+            0.0,
+            "no images are held out: iterative judges on images that the weights are trained on",
+        ),
+    ):
+        code, _, err = run(capsys, *short, "--method", "iterative", *arguments)
+        assert code == 0 and line in err
+        assert json.loads((tmp_path / "result.json").read_text())["settings"]["validation"] == share
+    assert json.loads((finished / "run" / "result.json").read_text())["settings"]["validation"] == 0.0
+
+
 @pytest.mark.parametrize(
     "arguments, keys",
     [

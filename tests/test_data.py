@@ -359,6 +359,13 @@ def test_validation_is_held_out_of_training():
     assert torch.equal(together, everything.images)
     assert torch.bincount(data.validation.labels).min() >= 8
     assert load_data("digits").validation is None
+    tenth = load_data("digits", subset=400, validation=None)
+    assert len(tenth.validation.images) == 40 and len(tenth.train.images) == 360
+    stored = {image.numpy().tobytes() for image in data.validation.images}
+    shown = torch.cat([images for images, _ in data.validation])  # in another order, and not shifted
+    mean, std = 0.3058, 0.3759
+    pixels = ((shown * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert len(pixels) and {image.numpy().tobytes() for image in pixels} <= stored
 
 
 @pytest.fixture
@@ -387,6 +394,8 @@ def test_data_sets_of_the_users_own(users_module):
     part = load_data(f"{name}:sets", batch_size=6, subset=20, validation=0.4)
     train, held_out = ({float(v) for x, _ in part for v in x[:, 0]} for part in (part.train, part.validation))
     assert len(train) == 12 and len(held_out) == 6 and not train & held_out  # whole batches of 12 and 8
+    tenth = load_data(f"{name}:sets", batch_size=2, validation=None)
+    assert (len(tenth.train), len(tenth.validation)) == (18, 2)
     with pytest.raises(InvalidInput, match="subset is 50 and the data set has 40 items"):
         load_data(f"{name}:sets", subset=50)
 
@@ -400,10 +409,14 @@ def test_loaders_of_the_users_own(users_module):
         "def halves(): return {'train': items(3), 'tset': items(3)}\n"
         "def batches(): return [torch.ones(2)], []\n"
         "def empty(): return [], []\n"
+        "def own(): return {'train': items(20), 'test': items(4), 'validation': items(6)}\n"
     )
     data = load_data(f"{name}:loaders", batch_size=5)
     assert (data.classes, data.shape, len(data.train)) == (7, (4,), 4) and isinstance(data, Data)
     assert load_data(f"{name}:regression").classes == 0
+    assert load_data(f"{name}:loaders", batch_size=5, validation=None).validation is None  # they cannot be split
+    own = load_data(f"{name}:own", batch_size=2, validation=None)
+    assert (len(own.train), len(own.validation)) == (10, 3)  # the user's own, and nothing held out beside them
     for spec, keywords, message in (
         ("loaders", {"subset": 3}, "returned a training loader; subset and validation need a data set"),
         ("broken", {}, r"returned int; return \(train, test\)"),

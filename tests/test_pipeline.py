@@ -258,6 +258,32 @@ def test_every_method_goes_on_where_it_was_interrupted(chain, tmp_path, monkeypa
     torch.testing.assert_close(dict(resumed.module.state_dict()), dict(whole.module.state_dict()))
 
 
+def test_a_search_says_where_its_held_out_images_are_training_images(chain, tmp_path):
+    model, inputs, table, loaded = chain
+    for validation, held_out in ((loaded.validation, 1.0), (None, 0.0)):
+        out, said = tmp_path / str(held_out), []
+        hwprune.prune(
+            model,
+            inputs,
+            train_loader=loaded.train,
+            validation_loader=validation,
+            calibration_loader=loaded.calibration,
+            budget="50%flops",
+            method="iterative",
+            recipe=Recipe(lr=0.05, batch_size=32),
+            search_epochs=1,
+            epochs=0,
+            table=table,
+            out=out,
+            progress=False,
+            say=said.append,
+        )
+        log = json.loads((out / "state" / "run.json").read_text())["done"]["search"]["log"]
+        assert [row["held_out"] for row in log] == [held_out] * len(log) and log
+        line = "no images are held out: iterative judges on images that the weights are trained on"
+        assert (line in said) == (not held_out)
+
+
 def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
     class Untouchable:
         def __len__(self):

@@ -22,7 +22,7 @@ from hwprune.importance import LiveImportance
 from hwprune.latency import CostModel, flops_model
 from hwprune.latency.model import CostAxis, CostTerm
 from hwprune.search import METHODS, Search, create, method_class, search
-from hwprune.search.base import _fits, refilled, worth
+from hwprune.search.base import HeldOut, _fits, refilled, worth
 from hwprune.search.dsa import DSA
 from hwprune.train import Recipe
 
@@ -645,3 +645,43 @@ def test_bounds_are_checked_and_leave_the_network_unmasked(pretrained):
     for wrong in ({"minimum": np.array([1, 1, 17])}, {"pinned": {3: 1}}, {"pinned": {0: 17}}):
         with pytest.raises(InvalidInput):
             start(pretrained, **wrong)
+
+
+class Told(list):
+    """Batches, and the epochs that were announced."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.epochs = []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+def test_held_out_batches_begin_again_as_the_next_epoch(pretrained):
+    loader = Told(batches(3, seed=5))
+    _, run = start(pretrained, method="iterative", held_out=loader, steps=0)
+    held_out = HeldOut(run._masked, loader)
+    loader.epochs.clear()
+    drawn = [held_out.batch()[0] for _ in range(7)]
+    assert loader.epochs == [0, 1, 2]
+    assert torch.equal(drawn[0], drawn[3]) and not torch.equal(drawn[0], drawn[1])
+    resumed = HeldOut(run._masked, Told(loader))
+    resumed.skip_to(7)
+    assert resumed._loader.epochs == [0, 1, 2] and torch.equal(resumed.batch()[0], held_out.batch()[0])
+    run.close()
+
+
+def test_the_log_says_whether_a_method_that_wants_held_out_images_has_them(pretrained):
+    images = list(batches(3, seed=5))
+    for name, given, expected in (
+        ("iterative", {"held_out": images, "calibration": images}, {"held_out": 1.0}),
+        ("iterative", {"calibration": images}, {"held_out": 0.0}),
+        ("dais", {}, {"held_out": 0.0}),
+        ("dsa", {"held_out": images}, {}),
+    ):
+        _, run = start(pretrained, method=name, steps=10, **given)
+        assert {key: value for key, value in run.log().items() if key == "held_out"} == expected
+        run.close()
+    wanting = {name for name in METHODS if create(name).wants_held_out}
+    assert wanting == {"dais", "ddpnas", "iterative"} and create("increg", floor=0.5).wants_held_out

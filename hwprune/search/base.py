@@ -25,7 +25,7 @@ from hwprune.errors import InvalidInput
 from hwprune.graph import Follower, Groups, Program
 from hwprune.latency import CostModel
 from hwprune.nn import Masked, batch_statistics, mask_
-from hwprune.train import LossFn, Recipe, fit
+from hwprune.train import LossFn, Recipe, begin_epoch, fit
 
 METHODS: dict[str, str] = {
     "csr": "hwprune.search.csr:CSR",
@@ -48,12 +48,16 @@ class HeldOut:
     """Images that the weights are not trained on, for methods that learn or choose on others than the weights do.
 
     Args:
-        masked: the network under its masks. loader: ``(inputs, targets)`` batches, begun again when they run out.
-        loss_fn: ``(output, targets) -> scalar``; cross entropy by default.
+        masked: the network under its masks. loader: ``(inputs, targets)`` batches, begun again when they run out, as
+        the next epoch. loss_fn: ``(output, targets) -> scalar``; cross entropy by default. apart: False where these are
+        training images all the same, because there are no others.
     """
 
-    def __init__(self, masked: Masked, loader: Iterable[Any], loss_fn: LossFn | None = None) -> None:
-        self._masked, self._loader = masked, loader
+    def __init__(
+        self, masked: Masked, loader: Iterable[Any], loss_fn: LossFn | None = None, *, apart: bool = True
+    ) -> None:
+        self._masked, self._loader, self.apart = masked, loader, apart
+        self._epoch = 0
         self._loss_fn = loss_fn or nn.functional.cross_entropy
         self._batches: Iterator[Any] | None = None
         self.drawn = 0  # batches given so far: what a checkpoint needs
@@ -63,7 +67,9 @@ class HeldOut:
         device = next((parameter.device for parameter in self._masked.model.parameters()), torch.device("cpu"))
         for _ in range(2):
             if self._batches is None:
+                begin_epoch(self._loader, self._epoch)
                 self._batches = iter(self._loader)
+                self._epoch += 1
             for inputs, targets in self._batches:
                 self.drawn += 1
                 return inputs.to(device), targets.to(device)
@@ -117,7 +123,8 @@ class Context:
         device: where flat arrays live.
         minimum: [G] int64, the least width of each group; 0 only where the method removes blocks and the group may go.
         maximum: [G] int64, the greatest; equal to ``minimum`` for groups pinned by the user.
-        held_out: batches beside those that train the weights; ``None`` where the user gave none.
+        held_out: batches beside those that train the weights; of training images where the user gave no others, and
+            ``None`` where there are none either.
     """
 
     model: nn.Module
@@ -158,6 +165,7 @@ class Method(ABC):
             are an upper limit of their own.
         removes_blocks: width 0 has a price where a residual block can do without a group (:attr:`CostModel.removing`),
             and the method may choose it.
+        wants_held_out: it learns or chooses on images, and would be flattered by those that the weights train on.
         searches: the search's steps train weights; otherwise it is over at once, and they are better spent afterwards.
         refits: before the cut, the consumers of the kept channels are refitted by least squares to make up for the
             others (see :mod:`hwprune.refit`), unless the user says otherwise.
@@ -172,6 +180,7 @@ class Method(ABC):
     straight_through: bool = False
     skips: bool = False
     removes_blocks: bool = False
+    wants_held_out: bool = False
     context: Context
 
     def setup(self, context: Context) -> None:
@@ -514,7 +523,7 @@ class Search:
         minimum: [G] least widths, at least one each; by default that, or 0 where the method removes blocks and one may
             go. pinned: group index -> width that it must have.
         held_out: batches ``(inputs, targets)`` that the weights do not train on, for methods that use such; ``loss_fn``
-            is their loss.
+            is their loss. calibration: batches of training images that stand in for them.
         program: what ``groups`` come from, for methods that leave masked channels out of the computation.
         log_every: a row of ``history`` is recorded at multiples of this step.
     """
@@ -533,6 +542,7 @@ class Search:
         minimum: NDArray[np.int64] | None = None,
         pinned: Mapping[int, int] | None = None,
         held_out: Iterable[Any] | None = None,
+        calibration: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
         program: Program | None = None,
         log_every: int = 20,
@@ -551,7 +561,8 @@ class Search:
             )
         follower = Follower(model, program) if self.method.skips and program is not None else None
         self._masked = mask_(model, groups, follower)
-        beside = None if held_out is None else HeldOut(self._masked, held_out, loss_fn)
+        images = calibration if held_out is None else held_out
+        beside = None if images is None else HeldOut(self._masked, images, loss_fn, apart=held_out is not None)
         self.context = Context(
             model, self._masked, groups, cost, controller, steps, generator, device, lowest, highest, beside
         )
@@ -574,7 +585,7 @@ class Search:
         """Let the method move, and record how it stands."""
         self.method.after_step(step)
         if step % self._log_every == 0 or step == self.context.steps - 1:
-            self.history.append({"step": float(step), **self.method.log()})
+            self.history.append({"step": float(step), **self.log()})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the network and its optimiser."""
@@ -604,8 +615,12 @@ class Search:
         return self.method.ranking()
 
     def log(self) -> dict[str, float]:
-        """See :meth:`Method.log`."""
-        return self.method.log()
+        """See :meth:`Method.log`. Where the method wants held-out images, ``held_out`` is 1, or 0 without them."""
+        row = self.method.log()
+        if self.method.wants_held_out:
+            images = self.context.held_out
+            row["held_out"] = float(images is not None and images.apart)
+        return row
 
     def result(self) -> SearchResult:
         """What has been found so far."""

@@ -50,8 +50,7 @@ _LEAST = 1e-12
 class DAIS(Method):
     """Learns an annealed indicator per coupled channel on held-out batches, beside the weights.
 
-    Without held-out batches the indicators learn from the gradient of the training loss, which the masks give for free;
-    the entry ``held_out`` of the log is then 0.
+    Without held-out batches the indicators learn from the gradient of the training loss, which the masks give for free.
 
     Args:
         lr: Adam's step on α / T. ``None``: six times what log T falls by in a step, at most 0.2. Annealing drives α / T
@@ -86,6 +85,7 @@ class DAIS(Method):
     name = "dais"
     summary = "annealed indicators per channel, learned on held-out batches"
     source = "Guan et al., TNNLS 2023 (arXiv 2011.02166), with a latency budget"
+    wants_held_out = True
 
     def __init__(
         self,
@@ -353,8 +353,8 @@ class DAIS(Method):
         """How far the relaxation is from what will be left, beside the usual figures.
 
         kept: share of channels, hard. cost_soft, cost_hard: of Σ I and of the counts of α > 0; gap: their relative
-        difference. undecided: share of indicators between 5 % and 95 %. held_out: 1 where they learn from held-out
-        batches, 0 where from the training loss. Once settled, with held-out batches, loss_soft and loss_hard of before.
+        difference. undecided: share of indicators between 5 % and 95 %. Once settled, with held-out batches,
+        loss_soft and loss_hard of before.
         """
         indicators = (self.alpha / self._now).sigmoid()
         return {
@@ -365,6 +365,5 @@ class DAIS(Method):
             "multiplier": self._force,
             "temperature": self._now,
             "undecided": float(((indicators > 0.05) & (indicators < 0.95)).float().mean()),
-            "held_out": float(self.context.held_out is not None),
             **self._losses,
         }

@@ -79,6 +79,7 @@ class DDPNAS(Method):
     name = "ddpnas"
     summary = "dynamic distribution pruning: sampled networks are scored, and the least likely widths deleted"
     source = "Zheng et al. 2019 (arXiv 1905.13543) and the authors' code, over measured widths"
+    wants_held_out = True
 
     def __init__(
         self,

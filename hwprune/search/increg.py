@@ -89,6 +89,7 @@ class IncReg(Method):
             raise InvalidInput(f"floor={floor} must lie between 0 and 1, and excludes constant={constant}")
         self.ceiling, self.turn, self.deadline, self.interval = ceiling, turn, deadline, interval
         self.constant, self.floor, self.stages, self.batches = constant, floor, stages, batches
+        self.wants_held_out = floor is not None
 
     def setup(self, context: Context) -> None:
         super().setup(context)

@@ -44,6 +44,7 @@ class Iterative(Method):
     name = "iterative"
     summary = "prune, train, measure, repeat: one group narrowed per round, chosen by held-out accuracy"
     source = "NetAdapt, Yang et al., ECCV 2018 (arXiv 1804.03230)"
+    wants_held_out = True
 
     def __init__(self, rounds: int = 8, share: float = 0.8, least: int = 5, batches: int = 2) -> None:
         if rounds < 1 or least < 1 or batches < 1 or not 0 < share <= 1:
