@@ -703,6 +703,7 @@ def _print_result(result: Mapping[str, Any]) -> None:
 
     rows = [
         ("accuracy", percent(result["dense_accuracy"]), percent(result["accuracy"])),
+        *_floor_row(result),
         ("latency, predicted", ms(result["predicted_dense_ms"]), ms(result["predicted_ms"])),
         ("latency, measured", ms(result["dense_ms"]), ms(result["measured_ms"])),
         (f"budget ({result['budget']})", "", ms(result["budget_ms"])),
@@ -712,6 +713,14 @@ def _print_result(result: Mapping[str, Any]) -> None:
     wall_s, target = result["wall_s"]["total"], result["target"]["description"]
     title = f"{result['model']} by {result['method']} on {target}, {wall_s:.0f} s"
     _print_table(title, ("", "dense", "pruned"), rows)
+
+
+def _floor_row(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Whether the accuracy that a search was to keep is kept; nothing where there was none to keep."""
+    if result["accuracy_floor"] is None:
+        return []
+    kept = {True: "kept", False: "MISSED", None: "not judged: no images"}[result["floor_met"]]
+    return [(f"accuracy floor ({result['accuracy_floor']:.2%})", "", kept)]
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -201,7 +201,7 @@ def prune(
     train.search(method, search_epochs, options or {}, seed)
     module = work.cut(calibration=calibration, refit=refit)
     train.fine_tune(module, epochs)
-    result = work.finish(module, accuracy=train.accuracy(module))
+    result = work.finish(module, accuracy=train.accuracy(module), held_out_accuracy=train.held_out_accuracy(module))
     return Pruned(module, result, work.folder)
 
 
@@ -351,8 +351,13 @@ class Pruning:
             self.say(f"the model's own forward cannot follow the cut ({self.pruned.reason}); the graph is used instead")
         return self.pruned.module
 
-    def finish(self, module: nn.Module, accuracy: float | None = None) -> dict[str, Any]:
+    def finish(
+        self, module: nn.Module, accuracy: float | None = None, held_out_accuracy: float | None = None
+    ) -> dict[str, Any]:
         """Measure the finished module beside the dense one; save artifact, report and ``result.json``.
+
+        Accuracies are fractions: on test data, and on held-out images, which decide on a floor where there are no test
+        data.
 
         Returns the contents of ``result.json``. Raises BudgetMissed when the module measured above the budget, after
         everything was saved.
@@ -364,6 +369,8 @@ class Pruning:
             with self.run.phase("measure"):  # it fitted a moment ago: look longer before saying that it does not
                 dense, pruned = self._race([self.program.module, module], rounds=32)
             limit = self.goal.limit_ms(dense.median_ms)
+        floor = None if self.found is None else self.found.accuracy_floor
+        judged = held_out_accuracy if accuracy is None else accuracy
         widths = self.plan.widths
         titles = {segment.name: f"{segment.name}: {segment.description}" for segment in segments(self.program)}
         latency = self._of_method(self.latency)
@@ -389,6 +396,8 @@ class Pruning:
             "dense_accuracy": self.run.done.get("dense", {}).get("accuracy"),
             "cut_accuracy": self.run.done.get("fine-tune", {}).get("cut_accuracy"),
             "accuracy": accuracy,
+            "accuracy_floor": floor,
+            "floor_met": None if floor is None or judged is None else judged >= floor,
             "dense_parameters": _parameters(self.model),
             "parameters": _parameters(module),
             "dense_flops": float(self.flops.dense),
@@ -650,6 +659,7 @@ class Pruning:
             stored.get("value"),
             columns or None,
             record.get("removes_blocks", False),
+            record.get("accuracy_floor"),
         )
         weights = {key.removeprefix("model."): value for key, value in stored.items() if key.startswith("model.")}
         self.model.load_state_dict(weights)
@@ -669,7 +679,8 @@ class Pruning:
         if found.value is not None:
             state["value"] = found.value
         state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
-        self.run.finish("search", state, log=_thin(log), removes_blocks=found.removes_blocks)
+        kind = {"removes_blocks": found.removes_blocks, "accuracy_floor": found.accuracy_floor}
+        self.run.finish("search", state, log=_thin(log), **kind)
 
 
 class _Widths:
@@ -804,6 +815,13 @@ class _Trainer:
     def accuracy(self, module: nn.Module) -> float | None:
         """Accuracy on the test data, a fraction; None without test data."""
         return None if self.test_loader is None else evaluate(module, self.test_loader).accuracy
+
+    def held_out_accuracy(self, module: nn.Module) -> float | None:
+        """Accuracy on the held-out images, for a floor without test data; None where it is not asked for."""
+        assert self.work.found is not None
+        if self.test_loader is not None or self.validation_loader is None or self.work.found.accuracy_floor is None:
+            return None
+        return evaluate(module, self.validation_loader).accuracy
 
     def _fit(
         self, phase: str, model: nn.Module, epochs: int, *, distill: float | None = None, **extra: Any

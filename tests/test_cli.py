@@ -190,6 +190,20 @@ def test_images_are_held_out_for_methods_that_judge_on_them(capsys, finished, ta
     assert json.loads((finished / "run" / "result.json").read_text())["settings"]["validation"] == 0.0
 
 
+def test_the_fewest_milliseconds_at_an_accuracy(capsys, table, tmp_path):
+    """A budget of 100 % leaves the time to the floor, which a stage of the search is judged by and so is the end."""
+    common = [*PRUNE, "--table", table, "--out", tmp_path, "--budget", "100%", "--method", "increg"]
+    lengths = {"subset": 1280, "dense-epochs": 4, "search-epochs": 4, "epochs": 1, "lr": 0.1}
+    changed = [text for name, value in lengths.items() for text in (f"--{name}", value)]
+    code, out, _ = run(capsys, *common, *changed, "--option", "floor=0.7", "--option", "stages=4")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert code == 0 and result["measured_ms"] < 0.9 * result["dense_ms"]
+    assert (result["accuracy_floor"], result["floor_met"]) == (0.7, True) and result["accuracy"] >= 0.7
+    assert any("accuracy floor (70.00%)" in line and "kept" in line for line in out.splitlines())
+    log = json.loads((tmp_path / "state" / "run.json").read_text())["done"]["search"]["log"]
+    assert all(row["held_out_accuracy"] >= 0.6995 and row["held_out"] == 1 for row in log)
+
+
 @pytest.mark.parametrize(
     "arguments, keys",
     [

@@ -284,6 +284,34 @@ def test_a_search_says_where_its_held_out_images_are_training_images(chain, tmp_
         assert (line in said) == (not held_out)
 
 
+def test_a_floor_is_judged_on_test_data_or_else_on_held_out_images(chain, tmp_path):
+    model, inputs, table, loaded = chain
+    arguments = {"budget": "50%flops", "table": table, "out": tmp_path, "progress": False}
+    work = Pruning(model, inputs, **arguments)
+    with work.search("increg", steps=0, options={"floor": 0.01}, held_out=loaded.validation):
+        pass  # nothing was trained, and a floor this low is kept all the same
+    module = work.cut()
+    for accuracy, held_out, expected in ((0.5, 0.0, True), (0.0, 0.5, False), (None, 0.5, True), (None, None, None)):
+        result = work.finish(module, accuracy, held_out)
+        assert (result["accuracy_floor"], result["floor_met"]) == (0.01, expected)
+    resumed = Pruning(model, inputs, resume=True, **arguments)
+    assert resumed.restore_search("increg") and resumed.found.accuracy_floor == 0.01
+    pruned = hwprune.prune(
+        model,
+        inputs,
+        train_loader=loaded.train,
+        validation_loader=loaded.validation,
+        budget="50%flops",
+        method="increg",
+        options={"floor": 0.01},
+        search_epochs=0,
+        epochs=0,
+        table=table,
+        progress=False,
+    )
+    assert pruned.result["accuracy"] is None and pruned.result["floor_met"] is True
+
+
 def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
     class Untouchable:
         def __len__(self):

@@ -349,6 +349,16 @@ def test_the_accuracy_mode_goes_down_as_far_as_the_floor_allows(pretrained):
     assert costs[0.6] < costs[0.99]
 
 
+def test_all_stages_are_judged_by_the_same_images(pretrained):
+    images = list(batches(12, seed=77))
+    model, run = start(pretrained, steps=60, options={"floor": 0.5, "stages": 6, "batches": 2}, held_out=images)
+    with run:
+        train(model, 60, run)
+    assert run.context.held_out.drawn == 2 and run.method._stage.start > 10
+    accuracy = run.method._accuracy()
+    assert accuracy == run.method._accuracy()
+
+
 def test_a_stage_below_the_floor_is_taken_back_and_interpolated(pretrained):
     model, run = start(pretrained, steps=80, options={"floor": 0.5, "stages": 8}, held_out=held_out())
     method = run.method

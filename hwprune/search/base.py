@@ -166,6 +166,7 @@ class Method(ABC):
         removes_blocks: width 0 has a price where a residual block can do without a group (:attr:`CostModel.removing`),
             and the method may choose it.
         wants_held_out: it learns or chooses on images, and would be flattered by those that the weights train on.
+        accuracy_floor: 0 to 1, where it looks for the least cost at that accuracy, with the budget as an upper limit.
         searches: the search's steps train weights; otherwise it is over at once, and they are better spent afterwards.
         refits: before the cut, the consumers of the kept channels are refitted by least squares to make up for the
             others (see :mod:`hwprune.refit`), unless the user says otherwise.
@@ -181,6 +182,7 @@ class Method(ABC):
     skips: bool = False
     removes_blocks: bool = False
     wants_held_out: bool = False
+    accuracy_floor: float | None = None
     context: Context
 
     def setup(self, context: Context) -> None:
@@ -490,7 +492,7 @@ class SearchResult:
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
     per recorded step. value: [ΣC] float64 or None, see :meth:`Method.values`. columns: see :meth:`Method.columns`.
-    removes_blocks: see :class:`Method`.
+    removes_blocks, accuracy_floor: see :class:`Method`.
     """
 
     widths: Tensor
@@ -499,6 +501,7 @@ class SearchResult:
     value: Tensor | None = None
     columns: Mapping[str, Tensor] | None = None
     removes_blocks: bool = False
+    accuracy_floor: float | None = None
 
 
 class Search:
@@ -633,6 +636,7 @@ class Search:
             None if value is None else value.detach().double().cpu(),
             self.method.columns(),
             self.method.removes_blocks,
+            self.method.accuracy_floor,
         )
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ class IncReg(Method):
         constant: a λ for every channel from the first step to the last, in place of all increments: what the method is
             to be compared with. Nothing is removed before the end.
         floor: accuracy on held-out images to keep, 0 to 1. stages: how many there may be. batches: held-out batches
-            that each of them is judged by.
+            that they are judged by, all by the same.
     """
 
     name = "increg"
@@ -88,13 +88,13 @@ class IncReg(Method):
         if floor is not None and (not 0 < floor < 1 or constant is not None):
             raise InvalidInput(f"floor={floor} must lie between 0 and 1, and excludes constant={constant}")
         self.ceiling, self.turn, self.deadline, self.interval = ceiling, turn, deadline, interval
-        self.constant, self.floor, self.stages, self.batches = constant, floor, stages, batches
+        self.constant, self.accuracy_floor, self.stages, self.batches = constant, floor, stages, batches
         self.wants_held_out = floor is not None
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        if self.floor is not None and context.held_out is None:
-            raise InvalidInput(f"floor={self.floor} is judged on held-out images: give held_out")
+        if self.accuracy_floor is not None and context.held_out is None:
+            raise InvalidInput(f"floor={self.accuracy_floor} is judged on held-out images: give held_out")
         groups, device = context.groups, context.device
         self._slices = Slices(context.model, groups, device)
         self._owner = torch.from_numpy(np.repeat(np.arange(len(groups)), groups.widths)).to(device)  # [ΣC]
@@ -112,8 +112,10 @@ class IncReg(Method):
         self._unpressed = self._score()  # [ΣC] the scores, those of pressed channels as of before
         self._interval = self.interval or max(1, context.steps // 50)
         self._stage: _Stage | None = None
-        if self.floor is not None:
-            self._stage = self._first_stage(self.floor)
+        self._judges: list[tuple[Any, Any]] = []
+        if self.accuracy_floor is not None and context.held_out is not None:
+            self._judges = [context.held_out.batch() for _ in range(self.batches)]
+            self._stage = self._first_stage(self.accuracy_floor)
 
     # -- every step
 
@@ -288,8 +290,7 @@ class IncReg(Method):
 
     def _accuracy(self) -> float:
         assert self.context.held_out is not None
-        held_out = self.context.held_out
-        return held_out.judged(None, [held_out.batch() for _ in range(self.batches)])[0]
+        return self.context.held_out.judged(None, self._judges)[0]
 
     def _descend(self, stage: "_Stage") -> "_Stage":
         """Set the goal of a stage from its increment; it is done where there is nowhere to go."""
@@ -302,19 +303,19 @@ class IncReg(Method):
 
     def _end_of_stage(self, step: int, stage: "_Stage") -> None:
         """Judge the stage when its last step is done, and begin the next."""
-        assert self.floor is not None
+        assert self.accuracy_floor is not None
         if stage.done or step + 1 < stage.start + stage.length:
             return
         accuracy = self._accuracy()
         self.factors.zero_()
         stage.start = step + 1
-        if accuracy >= self.floor - _TOLERANCE:
+        if accuracy >= self.accuracy_floor - _TOLERANCE:
             stage.origin = self._price()
             stage.accuracy = accuracy
-            stage.increment = min(max(10 * (accuracy - self.floor), _SMALLEST), _LARGEST)
+            stage.increment = min(max(10 * (accuracy - self.accuracy_floor), _SMALLEST), _LARGEST)
             stage.feasible = self._snapshot()
         else:
-            spare, lost = stage.accuracy - self.floor, stage.accuracy - accuracy
+            spare, lost = stage.accuracy - self.accuracy_floor, stage.accuracy - accuracy
             stage.increment = max(0.0, stage.increment * spare / lost)
             self._restore(stage.feasible)
         self._descend(stage)
