@@ -11,7 +11,9 @@ launch. Depthwise convolutions are bound by memory, of which a random mask saves
 drop what is masked, and skip blocks of channels that are masked throughout.
 
 Columns, given by a list, and dense convolutions of fewer than 16 channels per group, walk (kh, kw, c) element by
-element instead. The input's gradient of a column-pruned convolution is computed densely, its other two passes are not.
+element instead. Their input's gradient is that of a pointwise convolution whose channels are the listed columns, which
+a second kernel sums where those columns stand in the input; more than a third of the columns make more such products
+than are worth writing down, and the gradient is computed densely.
 
 Sums over pixels are written as one partial per program and added in a fixed order, so results do not vary from run to
 run. Nothing is checked here: hwprune.ops does.
@@ -31,6 +33,7 @@ from torch import Tensor
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]  # stride, padding, dilation, groups
 
+_POINTWISE: Geometry = (1, 1), (0, 0), (1, 1), 1
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PAD = tl.constexpr(16)  # packed channels are zero-filled to a multiple of this: 16-byte vectors in every dtype
 
@@ -592,6 +595,59 @@ def weight_grad_sum_kernel(
 
 
 @triton.jit
+def _meeting(at, tap, size, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+    """Along one axis, which of `size` outputs an input at `at` meets at a kernel position, and whether there is one."""
+    away = at + PADDING - tap * DILATION
+    return away // STRIDE, (away >= 0) & (away % STRIDE == 0) & (away // STRIDE < size)
+
+
+@triton.jit
+def column_sum_kernel(
+    products,  # [batch, y_height, y_width, column_count]
+    places,  # [taps, C]: a column's place in the list, or -1
+    grad_x,  # [batch, height, width, C]
+    batch,
+    y_height,
+    y_width,
+    height,
+    width,
+    parts,  # C = parts * ALIGN
+    column_count,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """grad_x[m, c] = Σ_tap products[the output that m meets at the tap, places[tap, c]], one tap after the other."""
+    channels = parts * ALIGN
+    tiles_n = tl.cdiv(channels, BN)
+    m = _widen(tl.program_id(0) // tiles_n, WIDE) * BM + tl.arange(0, BM)
+    c = tl.program_id(0) % tiles_n * BN + tl.arange(0, BN)
+    c_ok = c < channels
+    row_ok = m < _widen(batch, WIDE) * height * width
+    image = m // (height * width)
+    at_h = m % (height * width) // width
+    at_w = m % width
+    acc = tl.zeros([BM, BN], tl.float32)
+    for tap in range(KH * KW):
+        h, met_h = _meeting(at_h, tap // KW, y_height, SH, PH, DH)
+        w, met_w = _meeting(at_w, tap % KW, y_width, SW, PW, DW)
+        place = tl.load(places + tap * channels + c, mask=c_ok, other=-1)
+        at = ((image * y_height + h) * y_width + w)[:, None] * column_count + place[None, :]
+        acc += tl.load(products + at, mask=(row_ok & met_h & met_w)[:, None] & (place >= 0)[None, :], other=0.0)
+    at = m[:, None] * channels + c[None, :]
+    tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=row_ok[:, None] & c_ok[None, :])
+
+
+@triton.jit
 def depthwise_kernel(
     a,  # [batch, a_height, a_width, C]
     weight,  # [C, taps]
@@ -655,12 +711,9 @@ def depthwise_kernel(
     taps = tl.where(tl.max(summed.to(tl.int32), 0) > 0, KH * KW, 0)
     for tap in range(taps):
         if TRANSPOSED:
-            h = at_h + PH - tap // KW * DH
-            w = at_w + PW - tap % KW * DW
-            met = (h >= 0) & (w >= 0) & (h % SH == 0) & (w % SW == 0)
-            h = h // SH
-            w = w // SW
-            inside = row_ok & met & (h < a_height) & (w < a_width)
+            h, met_h = _meeting(at_h, tap // KW, a_height, SH, PH, DH)
+            w, met_w = _meeting(at_w, tap % KW, a_width, SW, PW, DW)
+            inside = row_ok & met_h & met_w
         else:
             h = at_h * SH - PH + tap // KW * DH
             w = at_w * SW - PW + tap % KW * DW
@@ -970,6 +1023,9 @@ _CONFIGS = {
     ),
 }
 _NARROW = 2**31 - 2**16  # elements that 32 bits count, with room for what a last tile has beyond them
+# Where at most one column in so many is listed, the input's gradient is summed from their products: docs/kernels.md.
+_FEW_COLUMNS = 3
+_MOST_PRODUCTS = 2**26  # that are kept at a time, 256 MiB: fewer would be as many launches for little work each
 _INTERPRETER_CONFIG = Config(32, 32, 16, 1, 1)
 _CHOSEN: dict[tuple[object, ...], Config] = {}  # by shape class; measured once per process
 
@@ -1073,8 +1129,8 @@ def _flat(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _vector(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -1356,6 +1412,8 @@ def backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x [N, Cin, H, W] and of in_mask [Cin] float32, zeros where in_mask is 0."""
     with torch.cuda.device_of(x):
+        if columns is not None and _FEW_COLUMNS * columns.numel() <= weight[0].numel():
+            return _column_input_grad(grad_raw, x, weight, out_mask, geometry, columns, allow_tf32), None
         if columns is not None:
             flat = weight.permute(0, 2, 3, 1).flatten(1)  # [Cout, kH * kW * Cin]
             flat = torch.zeros_like(flat).index_copy_(1, columns, flat.index_select(1, columns))
@@ -1365,6 +1423,38 @@ def backward_input(
         sums = _convolve(grad_raw, weight, out_mask, in_mask, geometry, None, allow_tf32, grad_x, None,
                          transposed=True, factor=x if masked else None, sums=int(masked))  # fmt: skip
     return grad_x, None if sums is None else sums[0]
+
+
+def _column_input_grad(
+    grad_raw: Tensor,  # [N, Cout, Ho, Wo]
+    x: Tensor,  # [N, Cin, H, W]
+    weight: Tensor,
+    out_mask: Tensor | None,  # [Cout]
+    geometry: Geometry,
+    columns: Tensor,  # [K]
+    allow_tf32: bool,
+) -> Tensor:
+    """The gradient of x [N, Cin, H, W] from the products of every listed column with every output pixel, in float32."""
+    grad_x, grad_raw, count = _empty(x, x.shape), _nhwc(grad_raw), columns.numel()
+    flat = weight.permute(0, 2, 3, 1).flatten(1)  # [Cout, kH * kW * Cin]
+    listed = flat.index_select(1, columns)[:, :, None, None]  # [Cout, K, 1, 1]
+    order = torch.arange(count, dtype=torch.int32, device=x.device)
+    places = torch.full_like(flat[0], -1, dtype=torch.int32).index_copy_(0, columns, order)
+    y_height, y_width = grad_raw.shape[2:]
+    channels, height, width = x.shape[1:]
+    block, block_rows = _elementwise_tile(channels)
+    images = max(1, _MOST_PRODUCTS // max(1, y_height * y_width * count))
+    for upstream, target in zip(grad_raw.split(images), grad_x.split(images), strict=True):
+        batch = len(target)
+        products = _empty(x, (batch, count, y_height, y_width), torch.float32)
+        _convolve(upstream, listed, out_mask, None, _POINTWISE, None, allow_tf32, products, None, transposed=True)
+        tiles = triton.cdiv(batch * height * width, block_rows)
+        column_sum_kernel[(tiles * triton.cdiv(channels, block),)](
+            products, places, target, batch, y_height, y_width, height, width, channels // _align(channels), count,
+            **_taps(geometry, weight.shape), ALIGN=_align(channels), WIDE=_is_wide(products, target), BM=block_rows,
+            BN=block,
+        )  # fmt: skip
+    return grad_x
 
 
 def backward_weight(
@@ -1565,8 +1655,9 @@ _POINTERS = {
     **dict.fromkeys(("order", "n_counts", "k_counts", "o_order", "c_order", "o_counts", "c_counts", "counts"), "*i32"),
     **dict.fromkeys(("scale", "shift", "mask", "in_mask", "out_mask", "partials", "sums", "squares"), "*fp32"),
     **dict.fromkeys(("mean_out", "var_out", "grad_mask", "grad_scale", "grad_shift"), "*fp32"),
-    **dict.fromkeys(("grad_sums", "grad_squares"), "*fp32"),
+    **dict.fromkeys(("grad_sums", "grad_squares", "products"), "*fp32"),
     "columns": "*i64",
+    "places": "*i32",
 }
 _TENSORS = (
     *("a", "b", "x", "y", "raw", "weight", "bias", "residual", "factor", "grad", "grad_x", "grad_y", "grad_residual"),
@@ -1581,12 +1672,13 @@ def _static_case(
     absent: tuple[str, ...],
     constants: dict[str, Any],
     *,
+    exact: tuple[str, ...] = (),  # the tensors that are float32 whatever the others are
     warps: int = 4,
     stages: int = 3,
     tensor_cores: bool = False,
     vectors: bool = True,
 ) -> dict[str, Any]:
-    types = _POINTERS | dict.fromkeys(_TENSORS, f"*{_DTYPES[dtype]}") | {"eps": "fp32"}
+    types = _POINTERS | dict.fromkeys(_TENSORS, f"*{_DTYPES[dtype]}") | dict.fromkeys(exact, "*fp32") | {"eps": "fp32"}
     constexprs = constants | dict.fromkeys(absent)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in names}
@@ -1639,13 +1731,18 @@ def static_cases() -> list[dict[str, Any]]:
     stats_absent = ("y", "factor", "columns", *bare)
 
     def convolution(
-        name: str, config: Config, absent: tuple[str, ...], changes: dict[str, Any], dtype: torch.dtype = bf16
+        name: str,
+        config: Config,
+        absent: tuple[str, ...],
+        changes: dict[str, Any],
+        dtype: torch.dtype = bf16,
+        exact: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         constants = three | conv | changes | {"BM": config.rows, "BN": config.cols, "BK": config.depth}
         constants["PARTS"] = _parts(config, "order" not in absent)
         name = f"conv {name} {config.rows}x{config.cols}x{config.depth}"
         return _static_case(
-            name, conv_kernel, dtype, absent, constants, warps=config.warps, stages=config.stages,
+            name, conv_kernel, dtype, absent, constants, exact=exact, warps=config.warps, stages=config.stages,
             tensor_cores=constants["PRECISION"] != "ieee",
         )  # fmt: skip
 
@@ -1702,6 +1799,7 @@ def static_cases() -> list[dict[str, Any]]:
         convolution("1x1", half[0], dense_absent, pointwise),
         convolution("1x1 masked", half[0], masked_absent, pointwise | masked),
         convolution("columns masked", gather[0], columns_masked_absent, {"GATHER": True}),
+        convolution("products", half[0], grad_absent, pointwise | transposed | {"K_MAJOR": False}, exact=("y",)),
         weight_grad("1x1", weight_half[0], (*unpacked, "columns"), one),
         weight_grad("3x3 masked", weight_half[0], ("columns",), {}),
         weight_grad("columns", gather[0], unpacked, {"GATHER": True}),
@@ -1725,6 +1823,7 @@ def static_cases() -> list[dict[str, Any]]:
                 "epilogue grad", epilogue_grad_kernel, dtype, ("sums", "squares"), tile | {"ACT": "gelu"}, warps=8
             ),
             _static_case("pack", pack_kernel, dtype, (), packed, vectors=False),
+            _static_case("column sum", column_sum_kernel, dtype, (), three | tile | {"WIDE": False}, vectors=False),
         ]
     reduction = {"BM": 64, "BN": 32}
     cases += [

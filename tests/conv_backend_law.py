@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from tolerance import assert_as_accurate, relative_rms
 
@@ -21,7 +22,7 @@ class Case:
     groups: int = 1
     in_mask: str = "absent"  # or "some", "runs" (aligned octets), "shifted" (others), "nothing" or "all"
     out_mask: str = "absent"
-    columns: str = "absent"  # or "some", "runs", "shifted", "nothing"
+    columns: str = "absent"  # or "some", "few", "runs", "shifted", "nothing"
     epilogue: bool = True
     act: str = "silu"
     dtype: torch.dtype = torch.bfloat16
@@ -77,6 +78,28 @@ CASES = [
     Case((12, 18), groups=3, dilation=(1, 2), **MASKS),
     Case((40, 40), groups=2, kernel=(1, 1), padding=(0, 0), dtype=F32),
 ]
+SMALL = {"image": (2, 7, 6)}
+COLUMN_CASES = [
+    *(
+        Case((11, 13), columns="some", out_mask="some", **SMALL, **options)
+        for options in FORMATS
+        if options["dtype"] != F16
+    ),
+    *(Case((16, 8), columns="runs", memory=memory, **SMALL) for memory in ("nhwc", "sliced", "unaligned")),
+    *(Case((12, 9), columns="few", stride=stride, **SMALL) for stride in ((2, 2), (1, 3), (4, 1))),
+    *(Case((6, 9), columns="some", padding=padding, **SMALL) for padding in ((0, 0), (3, 2))),
+    *(
+        Case((7, 9), columns="few", dilation=(2, 3), padding=(2, 3), stride=stride)
+        for stride in ((1, 1), (2, 2), (3, 2))
+    ),
+    Case((6, 9), kernel=(2, 5), columns="some", out_mask="some", dilation=(3, 1), stride=(2, 1), dtype=F32, **SMALL),
+    Case((70, 20), kernel=(1, 1), padding=(0, 0), columns="some", **SMALL),
+    Case((16, 8), kernel=(1, 1), padding=(0, 0), columns="few", stride=(2, 3), dtype=F32),
+    Case((16, 16), columns="nothing", **SMALL),
+    Case((6, 16), columns="some", out_mask="nothing", **SMALL),
+    Case((1, 1), image=(1, 1, 1), columns="some"),
+    Case((8, 80), image=(3, 4, 5), columns="some"),
+]
 # Enough pixels and channels for the largest tiles.
 LARGE = [
     Case((8, 100), image=(4, 64, 64), kernel=(1, 1), padding=(0, 0), **options)
@@ -115,7 +138,7 @@ def columns(kind, count):
     if kind in ("runs", "shifted"):
         octets = torch.arange(count).view(-1, 8)[::3].flatten()
         return octets if kind == "runs" else octets + 4
-    return torch.arange(count)[torch.rand(count) < (0.3 if kind == "some" else -1)]
+    return torch.arange(count)[torch.rand(count) < {"some": 0.3, "few": 0.15, "nothing": -1}[kind]]
 
 
 def place(tensor, memory):
@@ -208,6 +231,47 @@ def check_convolution(backend, case, device="cpu"):
             assert_as_accurate(actual.to(case.dtype), plain[name], exact, slack=case.slack)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def check_column_gradient(backend, case, monkeypatch, device="cpu"):
+    """The input's gradient with listed columns: from their products, a few images at a time too, and densely."""
+    tensors = problem(case)
+    gate = None if tensors["out_mask"] is None else (tensors["out_mask"] != 0).to(case.dtype)
+    x, weight, grad_y, walked = (tensors[name] for name in ("x", "weight", "grad_y", "columns"))
+
+    def gradient(dtype):
+        leaf, outer = x.to(dtype, copy=True).requires_grad_(), None if gate is None else gate.to(dtype)
+        arguments = leaf, weight.to(dtype), None, outer, None, None, None, "none", *case.geometry, walked
+        return torch.autograd.grad(reference.masked_conv2d(*arguments), leaf, grad_y.to(dtype))[0]
+
+    upstream = grad_y if gate is None else torch.where(gate.view(1, -1, 1, 1) != 0, grad_y, torch.nan)
+    x, weight, upstream = (place(each.to(device), case.memory) for each in (x, weight, upstream))
+    gate, walked = None if gate is None else gate.float().to(device), walked.to(device)
+    found = {}
+    for one_in, products in ((1, 2**26), (1, 1), (2**40, 2**26)):
+        monkeypatch.setattr(backend, "_FEW_COLUMNS", one_in)
+        monkeypatch.setattr(backend, "_MOST_PRODUCTS", products)
+        grad, none = backend.backward_input(upstream, x, weight, None, gate, case.geometry, walked, case.tf32)
+        assert none is None and grad.is_contiguous(memory_format=torch.channels_last)
+        found[one_in, products] = grad.cpu()
+    whole, in_parts, dense = found.values()
+    assert torch.equal(whole, in_parts)
+    for grad in (whole, dense):
+        assert_as_accurate(grad, gradient(case.dtype), gradient(torch.float64), slack=case.slack)
+
+
+def check_column_limit(backend, monkeypatch, device="cpu"):
+    """A third of the columns is few, and one more is not: how many products may be kept is not asked then."""
+    x, weight, grad = (torch.randn(shape, device=device) for shape in ((1, 6, 4, 4), (5, 6, 3, 3), (1, 5, 2, 2)))
+    monkeypatch.setattr(backend, "_MOST_PRODUCTS", None)
+
+    def run(count):
+        columns = torch.arange(count, device=device)
+        backend.backward_input(grad, x, weight, None, None, ((1, 1), (0, 0), (1, 1), 1), columns, False)
+
+    run(19)
+    with pytest.raises(TypeError, match="NoneType"):
+        run(18)
 
 
 def check_statistics(backend, case, device="cpu"):

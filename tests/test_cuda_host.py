@@ -14,7 +14,17 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
-from conv_backend_law import BATCH_NORMS, CASES, LARGE, check_batch_norm, check_convolution, check_statistics
+from conv_backend_law import (
+    BATCH_NORMS,
+    CASES,
+    COLUMN_CASES,
+    LARGE,
+    check_batch_norm,
+    check_column_gradient,
+    check_column_limit,
+    check_convolution,
+    check_statistics,
+)
 from ratio_update_law import (
     SLICED_WIDTHS,
     STEP_WIDTHS,
@@ -77,6 +87,15 @@ def test_convolution_is_as_accurate_as_plain_torch(backend, case):
 @pytest.mark.parametrize("case", [*CASES[::2], LARGE[0]], ids=str)
 def test_statistics_come_with_the_convolution(backend, case):
     check_statistics(backend, case)
+
+
+@pytest.mark.parametrize("case", COLUMN_CASES, ids=str)
+def test_input_gradient_of_few_columns_and_of_many(backend, case, monkeypatch):
+    check_column_gradient(backend, case, monkeypatch)
+
+
+def test_a_third_of_the_columns_is_few(backend, monkeypatch):
+    check_column_limit(backend, monkeypatch)
 
 
 @pytest.mark.parametrize("case", BATCH_NORMS, ids=lambda case: "-".join(map(str, case)))

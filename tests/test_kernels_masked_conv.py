@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conv_backend_law import COLUMN_CASES, check_column_gradient, check_column_limit
 from tolerance import assert_as_accurate
 
 from hwprune.ops import reference
@@ -309,6 +310,15 @@ def test_layouts_do_not_matter():
         assert torch.equal(forward(case, *changed)[0], dense)
 
 
+@pytest.mark.parametrize("case", COLUMN_CASES, ids=str)
+def test_input_gradient_of_few_columns_and_of_many(case, monkeypatch):
+    check_column_gradient(kernels, case, monkeypatch, DEVICE)
+
+
+def test_a_third_of_the_columns_is_few(monkeypatch):
+    check_column_limit(kernels, monkeypatch, DEVICE)
+
+
 def everything(case):
     """What the convolution's five functions return, at the same inputs every time."""
     torch.manual_seed(0)
@@ -322,7 +332,16 @@ def everything(case):
     return [tensor for tensor in found if tensor is not None]
 
 
-WIDE_CASES = ["plain-wide", "masked-strided", "dilated-strided", "grouped", "depthwise-strided", "columns", "one-pixel"]
+WIDE_CASES = [
+    "plain-wide",
+    "masked-strided",
+    "dilated-strided",
+    "grouped",
+    "depthwise-strided",
+    "columns",
+    "columns-strided",
+]
+WIDE_CASES += ["one-pixel"]
 
 
 @pytest.mark.parametrize("name", WIDE_CASES)

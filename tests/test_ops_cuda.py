@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from conv_backend_law import BATCH_NORMS, CASES, LARGE, check_batch_norm, check_convolution, check_statistics
+from conv_backend_law import (
+    BATCH_NORMS,
+    CASES,
+    COLUMN_CASES,
+    LARGE,
+    check_batch_norm,
+    check_column_gradient,
+    check_convolution,
+    check_statistics,
+)
 
 from hwprune import ops
 from hwprune.ops import _cuda_conv
@@ -20,6 +29,11 @@ def test_convolution_is_as_accurate_as_plain_torch(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_statistics_come_with_the_convolution(case):
     check_statistics(_cuda_conv, case, "cuda")
+
+
+@pytest.mark.parametrize("case", COLUMN_CASES, ids=str)
+def test_input_gradient_of_few_columns_and_of_many(case, monkeypatch):
+    check_column_gradient(_cuda_conv, case, monkeypatch, "cuda")
 
 
 @pytest.mark.parametrize("case", BATCH_NORMS, ids=lambda case: "-".join(map(str, case)))

@@ -5,6 +5,9 @@
 //
 // Tiles of pixels are loaded in 16-byte granules where every granule of the table is a run of channels aligned in
 // memory (nothing masked, whole granules masked, or columns pruned in such blocks), else element by element.
+//
+// Where few columns are listed, the input's gradient is that of a pointwise convolution whose channels are the listed
+// columns; a last kernel sums its products, kept as float, where those columns stand in the input.
 #include "cuda/activation.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/masked_conv.cuh"
@@ -37,6 +40,8 @@ struct PlanArguments {
   int* rank;  // [taps]: place of a tap among those sorted by phase
   const float *outer_mask, *inner_mask;
   int outer_channels, inner_channels;
+  int weight_row;         // numbers of the weight for one output channel
+  const int64_t* listed;  // transposed: the columns of the weight that the outer channels stand for, or null
   bool outer_aligned, inner_aligned;
   const int64_t* columns;
   int column_count;
@@ -170,7 +175,7 @@ __device__ bool find_column(const int64_t* columns, int count, int column, int& 
 template <typename T>
 __global__ void pack_kernel(PlanArguments plan, const T* weight, T* packed, int stride) {
   const int phases = plan.transposed ? plan.stride_height * plan.stride_width : 1;
-  const int taps = plan.kernel_height * plan.kernel_width, count = plan.starts[phases];
+  const int count = plan.starts[phases];
   for (int row = blockIdx.y; row < *plan.outer.count; row += gridDim.y) {
     const int64_t outer = plan.outer.table[row].offset;
     for (int k = blockIdx.x * blockDim.x + threadIdx.x; k < count; k += gridDim.x * blockDim.x) {
@@ -179,13 +184,14 @@ __global__ void pack_kernel(PlanArguments plan, const T* weight, T* packed, int 
       if (index >= 0) {
         const int tap = index / plan.inner_channels, inner = index % plan.inner_channels;
         if (!plan.transposed) {
-          value = to_float(weight[outer * taps * plan.inner_channels + index]);
+          value = to_float(weight[outer * plan.weight_row + index]);
           if (plan.inner_mask != nullptr) value *= plan.inner_mask[inner];
         } else {
-          const int column = tap * plan.outer_channels + static_cast<int>(outer);
+          const int column =
+              plan.listed == nullptr ? tap * plan.outer_channels + static_cast<int>(outer) : plan.listed[outer];
           int place;
           if (plan.column_count < 0 || find_column(plan.columns, plan.column_count, column, place))
-            value = to_float(weight[static_cast<int64_t>(inner) * taps * plan.outer_channels + column]);
+            value = to_float(weight[static_cast<int64_t>(inner) * plan.weight_row + column]);
         }
       }
       packed[static_cast<int64_t>(row) * stride + k] = from_float<T>(value);
@@ -199,8 +205,9 @@ __global__ void pack_kernel(PlanArguments plan, const T* weight, T* packed, int 
 // Channels whose gate is 0 have v = 0 and are gated; with hard_gate a gate other than 0 counts as 1.
 template <typename T>
 struct Epilogue {
-  T* y;    // [pixels, channels]
-  T* raw;  // or null
+  float* exact;  // [pixels, channels] or null: where v is wanted as it was summed, and nothing else
+  T* y;          // [pixels, channels]
+  T* raw;        // or null
   const T* residual;
   const float *gate, *scale, *shift;  // [channels] or null
   bool hard_gate;
@@ -260,6 +267,18 @@ __device__ void write_tile(const Staged<kColumns>* staged, const int64_t* pixels
       *reinterpret_cast<Vector*>(to.y + base) = y;
       if (to.raw != nullptr) *reinterpret_cast<Vector*>(to.raw + base) = raw;
     }
+  }
+}
+
+// Writes channels first to last of a tile's pixels as they were summed; none is masked. Neighbouring lanes write
+// neighbouring channels, for a pixel's seldom are whole granules.
+template <int kColumns, int kThreads>
+__device__ void write_exact(const Staged<kColumns>* staged, const int64_t* pixels, float* exact, int channels,
+                            int first, int last) {
+  const int width = last - first;
+  for (int item = threadIdx.x; item < kTileRows * width; item += kThreads) {
+    const int row = item / width, column = item % width;
+    if (pixels[row] >= 0) exact[pixels[row] * channels + first + column] = staged[row][column];
   }
 }
 
@@ -456,6 +475,10 @@ __global__ void __launch_bounds__(kThreadsFor<kColumns>, kColumns == 128 ? 2 : 3
   const int last = next_place >= count     ? args.channels
                    : args.outer == nullptr ? next_place
                                            : args.outer[next_place].offset;
+  if (args.epilogue.exact != nullptr) {
+    write_exact<kColumns, Operands::kThreads>(staged, pixels, args.epilogue.exact, args.channels, first, last);
+    return;
+  }
   write_tile<T, kColumns, Operands::kThreads>(staged, pixels, args.epilogue, first, last, args.outer_position,
                                               first_place);
   sum_tile<T, kColumns>(staged, pixels, args.epilogue, static_cast<int64_t>(phase) * args.tiles + tile, args.outer,
@@ -692,6 +715,34 @@ __global__ void gather_weight_kernel(Convolution c, const float* partial, int sp
   }
 }
 
+// ---- The input's gradient of listed columns
+
+// places [columns of the weight]: where each stands in the list, or -1.
+__global__ void place_kernel(const int64_t* columns, int count, int* places, int total) {
+  const int column = blockIdx.x * blockDim.x + threadIdx.x;
+  int place;
+  if (column < total) places[column] = find_column(columns, count, column, place) ? place : -1;
+}
+
+// grad_x from products [batch, out_height, out_width, column_count]: each pixel's at the taps where outputs met it, one
+// after the other. Threads (x, y) take the channels x, x + blockDim.x, ... of pixel blockIdx.x * blockDim.y + y.
+template <typename T>
+__global__ void __launch_bounds__(kDirectThreads, 4)
+    column_sum_kernel(Convolution c, const float* products, const int* places, T* grad_x) {
+  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (pixel >= static_cast<int64_t>(c.batch) * c.height * c.width) return;
+  const int line = static_cast<int>(pixel / c.width), x = pixel % c.width, y = line % c.height;
+  const int64_t image = line / c.height;
+  for (int channel = threadIdx.x; channel < c.in_channels; channel += blockDim.x) {
+    float sum = 0;
+    for_taps<true>(c, y, x, [&](int tap, int h, int w) {
+      const int place = places[tap * c.in_channels + channel];
+      if (place >= 0) sum += products[((image * c.out_height + h) * c.out_width + w) * c.column_count + place];
+    });
+    grad_x[pixel * c.in_channels + channel] = from_float<T>(sum);
+  }
+}
+
 // ---- Launchers
 
 // Hands out aligned pieces of scratch memory; from null, counts how much there must be.
@@ -732,6 +783,7 @@ Plan take_plan(Scratch& scratch, const Convolution& c, bool transposed) {
   p.inner_channels = transposed ? c.out_channels : c.in_channels;
   p.outer_mask = transposed ? c.in_mask : c.out_mask;
   p.inner_mask = transposed ? c.out_mask : c.in_mask;
+  p.weight_row = taps_of(c) * c.in_channels;
   p.columns = c.columns;
   p.column_count = c.column_count;
   p.kernel_height = c.kernel_height;
@@ -751,6 +803,12 @@ Plan take_plan(Scratch& scratch, const Convolution& c, bool transposed) {
   p.table_runs = scratch.take<int>(1);
   p.rank = scratch.take<int>(taps_of(c));
   return plan;
+}
+
+// Room for the active weights.
+template <typename T>
+T* take_packed(Scratch& scratch, const Plan& plan) {
+  return scratch.take<T>(static_cast<int64_t>(plan.arguments.outer_channels) * plan.table_capacity);
 }
 
 cudaError_t run_plan(Plan& plan, const void* outer, const void* inner, cudaStream_t stream) {
@@ -794,6 +852,33 @@ cudaError_t choose_product(const ProductArguments<typename Engine::T>& args, int
   return launch_product<Engine, 128>(args, stream);
 }
 
+template <typename T>
+cudaError_t choose_engine(const Convolution& c, const ProductArguments<T>& args, int channels, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 4) {
+    if (!c.tf32) return choose_product<PlainFloat>(args, channels, stream);
+  }
+  return choose_product<TensorCores<T>>(args, channels, stream);
+}
+
+// Makes the plan and the packed weight, and lets `args` read them.
+template <typename T>
+cudaError_t pack(Plan& plan, const T* source, const T* weight, T* packed, ProductArguments<T>& args,
+                 cudaStream_t stream) {
+  PlanArguments& p = plan.arguments;
+  HWPRUNE_TRY(run_plan(plan, nullptr, source, stream));
+  const dim3 grid(ceil_div(plan.table_capacity, 256), p.outer_channels < 1024 ? p.outer_channels : 1024);
+  HWPRUNE_TRY(launch(pack_kernel<T>, grid, 256, 0, stream, p, weight, packed, plan.table_capacity));
+  args.weight = packed;
+  args.weight_stride = plan.table_capacity;
+  args.outer = p.outer.table;
+  args.outer_position = p.outer.position;
+  args.outer_count = p.outer.count;
+  args.table = p.table;
+  args.table_starts = p.starts;
+  args.table_runs = p.table_runs;
+  return cudaSuccess;
+}
+
 // Forward (or its transpose, backward-input) through tiles.
 template <typename T>
 cudaError_t product(const Convolution& c, bool transposed, const T* source, const T* weight,
@@ -811,25 +896,70 @@ cudaError_t product(const Convolution& c, bool transposed, const T* source, cons
     args.dense = {c.in_channels, c.kernel_width, c.dilation_height, c.dilation_width, c.width};
   } else {
     Plan plan = take_plan(scratch, c, transposed);
-    PlanArguments& p = plan.arguments;
-    T* packed = scratch.take<T>(static_cast<int64_t>(p.outer_channels) * plan.table_capacity);
-    HWPRUNE_TRY(run_plan(plan, nullptr, source, stream));
-    const dim3 grid(ceil_div(plan.table_capacity, 256), p.outer_channels < 1024 ? p.outer_channels : 1024);
-    HWPRUNE_TRY(launch(pack_kernel<T>, grid, 256, 0, stream, p, weight, packed, plan.table_capacity));
-    args.weight = packed;
-    args.weight_stride = plan.table_capacity;
-    args.outer = p.outer.table;
-    args.outer_position = p.outer.position;
-    args.outer_count = p.outer.count;
-    args.table = p.table;
-    args.table_starts = p.starts;
-    args.table_runs = p.table_runs;
+    T* packed = take_packed<T>(scratch, plan);
+    HWPRUNE_TRY(pack(plan, source, weight, packed, args, stream));
   }
-  const int channels = expected(args.channels, transposed ? c.in_mask : c.out_mask);
-  if constexpr (sizeof(T) == 4) {
-    if (!c.tf32) return choose_product<PlainFloat>(args, channels, stream);
+  return choose_engine(c, args, expected(args.channels, transposed ? c.in_mask : c.out_mask), stream);
+}
+
+// What the gradient of listed columns keeps in scratch memory.
+template <typename T>
+struct ListedColumns {
+  Convolution pointwise;  // whose channels are the columns, over product_images images
+  Plan plan;
+  T* packed;
+  int* places;
+  float* products;
+};
+
+template <typename T>
+ListedColumns<T> take_listed(Scratch& scratch, const Convolution& c) {
+  ListedColumns<T> taken = {c};
+  Convolution& p = taken.pointwise;
+  p.batch = c.product_images < c.batch ? c.product_images : c.batch;
+  p.in_channels = c.column_count;
+  p.height = c.out_height;
+  p.width = c.out_width;
+  p.kernel_height = p.kernel_width = p.stride_height = p.stride_width = p.dilation_height = p.dilation_width = 1;
+  p.padding_height = p.padding_width = 0;
+  p.columns = nullptr;
+  p.column_count = -1;
+  taken.plan = take_plan(scratch, p, true);
+  taken.plan.arguments.weight_row = taps_of(c) * c.in_channels;
+  taken.plan.arguments.listed = c.columns;
+  taken.packed = take_packed<T>(scratch, taken.plan);
+  taken.places = scratch.take<int>(taps_of(c) * c.in_channels);
+  taken.products = scratch.take<float>(static_cast<int64_t>(p.batch) * p.height * p.width * p.in_channels);
+  return taken;
+}
+
+template <typename T>
+cudaError_t backward_listed(const Convolution& c, const T* grad, const T* weight, T* grad_x, void* workspace,
+                            cudaStream_t stream) {
+  Scratch scratch = {static_cast<unsigned char*>(workspace)};
+  ListedColumns<T> listed = take_listed<T>(scratch, c);
+  ProductArguments<T> args = {};
+  args.channels = args.epilogue.channels = c.column_count;
+  args.epilogue.exact = listed.products;
+  const int columns = taps_of(c) * c.in_channels;
+  HWPRUNE_TRY(
+      launch(place_kernel, ceil_div(columns, 256), 256, 0, stream, c.columns, c.column_count, listed.places, columns));
+  if (c.column_count > 0) HWPRUNE_TRY(pack(listed.plan, grad, weight, listed.packed, args, stream));
+  int lanes = 1;
+  while (lanes < c.in_channels && lanes < 32) lanes *= 2;
+  const dim3 block(lanes, kDirectThreads / lanes);
+  Convolution part = c;
+  for (int first = 0; first < c.batch; first += part.batch) {
+    part.batch = listed.pointwise.batch = min(listed.pointwise.batch, c.batch - first);
+    args.pixels = backward_pixels(listed.pointwise);
+    args.source = grad + static_cast<int64_t>(first) * c.out_height * c.out_width * c.out_channels;
+    if (c.column_count > 0) HWPRUNE_TRY(choose_engine(c, args, args.channels, stream));
+    const int64_t pixels = static_cast<int64_t>(c.height) * c.width;
+    HWPRUNE_TRY(launch(column_sum_kernel<T>, static_cast<unsigned>(ceil_div<int64_t>(part.batch * pixels, block.y)),
+                       block, 0, stream, part, listed.products, listed.places,
+                       grad_x + first * pixels * c.in_channels));
   }
-  return choose_product<TensorCores<T>>(args, channels, stream);
+  return cudaSuccess;
 }
 
 template <typename T>
@@ -971,6 +1101,11 @@ int64_t masked_conv_workspace(const Convolution& c) {
     }
     for (const Scratch& scratch : {product, weight}) most = scratch.used > most ? scratch.used : most;
   }
+  if (c.product_images > 0) {
+    Scratch listed = {nullptr};
+    take_listed<float>(listed, c);
+    most = listed.used > most ? listed.used : most;
+  }
   return most;
 }
 
@@ -1010,6 +1145,9 @@ cudaError_t masked_conv_backward_input(const Convolution& conv, const void* grad
     Epilogue<T> epilogue = {};
     epilogue.y = static_cast<T*>(grad_x);
     epilogue.factor = static_cast<const T*>(x);
+    if (conv.product_images > 0)
+      return backward_listed(conv, static_cast<const T*>(grad_raw), static_cast<const T*>(weight),
+                             static_cast<T*>(grad_x), workspace, stream);
     return run(conv, true, static_cast<const T*>(grad_raw), static_cast<const T*>(weight), epilogue, grad_in_mask,
                nullptr, workspace, stream);
   });

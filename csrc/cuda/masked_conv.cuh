@@ -24,6 +24,7 @@ struct Convolution {
   const float* out_mask;   // [out_channels] or null
   const int64_t* columns;  // [column_count] increasing, (row * kernel_width + column) * in_channels + channel
   int column_count;        // -1 where all columns are walked
+  int product_images;      // of so many images at a time backward-input sums the columns' products; 0: it is dense
 };
 
 // Bytes of scratch memory, aligned to 16, that each launcher below wants for this convolution.

@@ -36,7 +36,8 @@ std::string sizes(const ChannelAffine& a) {
 Convolution convolution(int batch, int in_channels, int height, int width, int out_channels, int out_height,
                         int out_width, int kernel_height, int kernel_width, int stride_height, int stride_width,
                         int padding_height, int padding_width, int dilation_height, int dilation_width, int groups,
-                        int number, bool tf32, Address in_mask, Address out_mask, Address columns, int column_count) {
+                        int number, bool tf32, Address in_mask, Address out_mask, Address columns, int column_count,
+                        int product_images) {
   return {batch,
           in_channels,
           height,
@@ -58,7 +59,8 @@ Convolution convolution(int batch, int in_channels, int height, int width, int o
           pointer<const float>(in_mask),
           pointer<const float>(out_mask),
           pointer<const int64_t>(columns),
-          column_count};
+          column_count,
+          product_images};
 }
 
 void forward(const Convolution& conv, Address x, Address weight, Address scale, Address shift, Address residual,
@@ -137,7 +139,7 @@ void bind_masked_conv(py::module_& module) {
            py::arg("kernel_height"), py::arg("kernel_width"), py::arg("stride_height"), py::arg("stride_width"),
            py::arg("padding_height"), py::arg("padding_width"), py::arg("dilation_height"), py::arg("dilation_width"),
            py::arg("groups"), py::arg("number"), py::arg("tf32"), py::arg("in_mask"), py::arg("out_mask"),
-           py::arg("columns"), py::arg("column_count"))
+           py::arg("columns"), py::arg("column_count"), py::arg("product_images"))
       .def("workspace", &masked_conv_workspace);
   module.def("masked_conv_forward", &forward, py::arg("conv"), py::arg("x"), py::arg("weight"), py::arg("scale"),
              py::arg("shift"), py::arg("residual"), py::arg("act"), py::arg("y"), py::arg("raw"), py::arg("workspace"),

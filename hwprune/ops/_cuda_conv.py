@@ -14,6 +14,9 @@ from hwprune.ops.reference import ACTIVATIONS
 
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}
+# Where at most one column in so many is listed, the input's gradient is summed from their products: docs/kernels.md.
+_FEW_COLUMNS = 3
+_MOST_PRODUCTS = 2**26  # that are kept at a time, 256 MiB; fewer would be many launches for little work each
 _LIMIT = 2**31  # pixels, and elements of one image, are counted in 32 bits
 
 
@@ -194,11 +197,16 @@ class _Convolution:
     ):
         stride, padding, dilation, groups = geometry
         batch, in_channels, height, width = x.shape
-        out_channels, _, kernel_height, kernel_width = weight_shape
+        out_channels, per_group, kernel_height, kernel_width = weight_shape
         self.x = x
         self.out_shape = output_shape(x, weight_shape, geometry)
         self.masks = _vector(in_mask), _vector(out_mask)
-        self.columns = None if columns is None else columns.contiguous()
+        self.columns, product_images = None, 0
+        if columns is not None:
+            self.columns = columns.contiguous()
+            if _FEW_COLUMNS * len(columns) <= per_group * kernel_height * kernel_width:
+                products = self.out_shape[2] * self.out_shape[3] * len(columns)  # of one image
+                product_images = max(1, _MOST_PRODUCTS // max(1, products))
         self.conv = _native.module("cuda").Convolution(
             batch=batch,
             in_channels=in_channels,
@@ -222,6 +230,7 @@ class _Convolution:
             out_mask=_address(self.masks[1]),
             columns=_address(self.columns),
             column_count=-1 if self.columns is None else len(self.columns),
+            product_images=product_images,
         )
 
     def empty_output(self) -> Tensor:
