@@ -12,18 +12,16 @@ Writes `results/cpu/ratio_update.json`, or `results/<device>/` where torch sees 
 
 Outputs are compared before anything is timed, per-group's after solving as closely as the others. All candidates take
 turns; a row has medians over the rounds, and `spread` is the interquartile range of the rounds' ratios over their
-median. On a CUDA device the kernels' times are those of replayed CUDA graphs; the rivals wait for results on the way,
-and theirs are wall times.
+median. On a CUDA device graphs of calls are timed, as measuring.py says; `captured` tells it of ours and of the rival.
+The rivals wait for results on the way and cannot be captured; `called_us` is ours called as they are.
 """
 
 import argparse
-import json
-import platform
-import re
+import copy
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +30,18 @@ import scipy
 import scipy.optimize
 import scipy.special
 import torch
+from measuring import RESULTS, Results, in_turns, place_of, sets_for
 from torch import Tensor
 
 from hwprune import ops
 from hwprune.latency import CostAxis, CostModel, CostTerm, Target, fingerprint
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "64 groups, 64 to 2048 channels": [64, 128, 256, 512, 1024, 2048] * 10 + [64, 128, 256, 512],
     "64 groups of 2048 channels": [2048] * 64,
     "64 groups, 16 to 64 channels": [16, 32, 64, 16] * 16,
 }
+OPERATORS = ("ratio_forward", "ratio_forward_seed", "ratio_step", "ratio_step_priced")
 TEMPERATURE = 5.0
 ADAM = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8}
 
@@ -50,39 +49,55 @@ ADAM = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="on the CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="measure only what is not there at this commit")
+    parser.add_argument("--out", type=Path, help="folder of results; default: benchmarks/results/<environment>")
     args = parser.parse_args()
     backends = ["cpp"] if args.device == "cpu" else [b for b in ("cuda", "triton") if ops.backends()[b] is None]
-    rows = []
+    path = (args.out or RESULTS / place_of(args.device)) / "ratio_update.json"
+    context = {**fingerprint(Target(device=args.device)), "scipy": scipy.__version__, "temperature": TEMPERATURE}
+    results = Results(path, context, resume=args.resume)
     for threads in args.threads if args.device == "cpu" else [1]:
         torch.set_num_threads(threads)
-        for shape, widths in SHAPES.items():
-            for backend in backends:
-                found = bench(widths, backend, args.device, args.rounds)
-                rows += [{"shape": shape, "threads": threads, **row} for row in found]
-                for row in rows[-len(found) :]:
-                    print(json.dumps(row), flush=True)
-    store(rows, args.device)
+        for shape in SHAPES:
+            bench(shape, threads, backends, args.device, args.rounds, results)
 
 
-def bench(widths: list[int], backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
-    ours, reference = Problem(widths, backend, device), Problem(widths, "reference", device)
-    per_group = PerGroup(reference)
-    check(ours, reference, per_group)
-    rows = []
-    for op in ("ratio_forward", "ratio_forward_seed", "ratio_step", "ratio_step_priced"):
-        candidates: dict[str, Callable[[], Any]] = {
-            backend: captured(getattr(ours, op), backend),
-            "reference": getattr(reference, op),
+def bench(shape: str, threads: int, backends: Sequence[str], device: str, rounds: int, results: Results) -> None:
+    known = {"shape": shape, "threads": threads, "dtype": "float32", "keep": 0.5}
+    wanted = {}
+    for op in OPERATORS:
+        rivals = ["reference", *(["per-group"] if hasattr(PerGroup, op) else [])]
+        rows = [known | {"op": op, "backend": backend, "rival": rival} for backend in backends for rival in rivals]
+        wanted[op] = [row for row in rows if not results.has(row)]
+    if not any(wanted.values()):
+        return
+    problems = {name: Problem(SHAPES[shape], name, device) for name in (*backends, "reference")}
+    per_group = PerGroup(problems["reference"])
+    for backend in backends:
+        check(problems[backend], problems["reference"], per_group)
+    sets = sets_for(problems["reference"].size, device)
+    copies = {name: [copy.deepcopy(problem) for _ in range(sets)] for name, problem in problems.items()}
+    for op, rows in wanted.items():
+        if not rows:
+            continue
+        candidates: dict[str, Callable[[int], Any]] = {
+            name: partial(lambda number, rotated, op: getattr(rotated[number], op)(), rotated=rotated, op=op)
+            for name, rotated in copies.items()
         }
         if hasattr(per_group, op):
-            candidates["per-group"] = getattr(per_group, op)
-        times = take_turns(candidates, rounds, device)
-        for rival in list(candidates)[1:]:
-            rows.append({"op": op, "backend": backend, "rival": rival, "dtype": "float32", "keep": 0.5})
-            rows[-1] |= compare(times[backend], times[rival])
-    return rows
+            candidates["per-group"] = lambda _, op=op: getattr(per_group, op)()
+        if device == "cuda":
+            candidates |= {f"{backend} called": candidates[backend] for backend in backends}
+        times, captured = take_turns(candidates, backends, sets, rounds, device)
+        for row in rows:
+            names = row["backend"], row["rival"]
+            row |= compare(*(times[name] for name in names))
+            if device == "cuda":
+                row["called_us"] = round(statistics.median(times[f"{row['backend']} called"]), 2)
+                row["captured"] = [captured[name] for name in names]
+            results.add(row)
 
 
 class Problem:
@@ -100,6 +115,11 @@ class Problem:
         self.cost_grad = torch.rand(len(widths)).to(device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.p = self.ratio_forward()[1]
+
+    @property
+    def size(self) -> int:
+        """Bytes of what one call reads and writes."""
+        return 16 * self.importance.numel()
 
     def ratio_forward(self) -> tuple[Tensor, ...]:
         return ops.ratio_forward(
@@ -206,31 +226,19 @@ def uncapped_gradients(problem: Problem) -> Tensor:
     return problem.offsets.diff() * sums(spread * problem.grad_mask) / sums(spread) + 0.5 * problem.cost_grad
 
 
-def captured(call: Callable[[], Any], backend: str) -> Callable[[], Any]:
-    """The call itself, or where it launches kernels the replay of a CUDA graph of it."""
-    if backend == "cpp":
-        return call
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def take_turns(
+    candidates: dict[str, Callable[[int], Any]], ours: Sequence[str], sets: int, rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Microseconds a call, by round, and what was captured; on the CPU each is called for a millisecond a round."""
+    if device == "cuda":
+        waiting = [place for place, name in enumerate(candidates) if name not in ours]
+        found, captured = in_turns(list(candidates.values()), sets, device, rounds, waiting)
+        return dict(zip(candidates, found.T.tolist(), strict=True)), dict(zip(candidates, captured, strict=True))
 
-
-def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Microseconds a call, by round. Within a round a candidate is called for about a millisecond."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-
-    def timed(call: Callable[[], Any], calls: int) -> float:
-        wait()
+    def timed(call: Callable[[int], Any], calls: int) -> float:
         begin = time.perf_counter()
         for _ in range(calls):
-            call()
-        wait()
+            call(0)
         return 1e6 * (time.perf_counter() - begin) / calls
 
     calls = {name: max(1, int(2000 / timed(call, 3))) for name, call in candidates.items()}  # warms up, too
@@ -238,7 +246,7 @@ def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, device: st
     for _ in range(rounds):
         for name, call in candidates.items():
             times[name].append(timed(call, calls[name]))
-    return times
+    return times, dict.fromkeys(candidates, False)
 
 
 def compare(ours: list[float], rivals: list[float]) -> dict[str, float]:
@@ -265,29 +273,6 @@ def cost_of(widths: list[int]) -> CostModel:
         terms.append(CostTerm(f"segment {g}", pair, np.multiply.outer(*(axes[a].knots / full[a] for a in pair)))
                      if len(pair) == 2 else CostTerm("segment 0", pair, axes[0].knots / full[0]))  # fmt: skip
     return CostModel("ms", full, axes, tuple(terms))
-
-
-def place_of(device: str) -> str:
-    """The folder of results for an environment: cpu, or the device's own name, such as h200."""
-    if not device.startswith("cuda"):
-        return "cpu"
-    name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia")
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
-def store(rows: list[dict[str, Any]], device: str) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    context = {
-        **fingerprint(Target(device=device)),
-        "python": platform.python_version(),
-        "scipy": scipy.__version__,
-        "commit": commit.stdout.strip(),
-        "temperature": TEMPERATURE,
-    }
-    path = RESULTS / place_of(device) / "ratio_update.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{"context": {json.dumps(context)},\n "rows": [\n  {lines}\n]}}\n')
 
 
 if __name__ == "__main__":
