@@ -288,28 +288,6 @@ def test_batch_norm(act, channels, keep, with_residual, dtype):
         assert all((grad[mask == 0] == 0).all() for grad in (*actual[1:5], actual[5]))
 
 
-def test_layouts_do_not_matter():
-    """Slices of larger buffers, and both memory formats."""
-    case = Case(cin=6, cout=9, in_keep=0.5, out_keep=0.6, affine=True, residual=True, act="relu")
-    tensors = inputs(case)
-    dense, _ = forward(case, *tensors)
-
-    def spaced(tensor):
-        larger = torch.full([size * 2 for size in tensor.shape], math.nan, dtype=tensor.dtype, device=DEVICE)
-        view = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
-        return view.copy_(tensor)
-
-    def channels_last(tensor):
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-
-    def columns_first(tensor):
-        return tensor.mT.contiguous().mT if tensor.dim() == 4 else tensor
-
-    for layout in (spaced, channels_last, columns_first):
-        changed = [tensor if tensor is None else layout(tensor) for tensor in tensors]
-        assert torch.equal(forward(case, *changed)[0], dense)
-
-
 @pytest.mark.parametrize("case", COLUMN_CASES, ids=str)
 def test_input_gradient_of_few_columns_and_of_many(case, monkeypatch):
     check_column_gradient(kernels, case, monkeypatch, DEVICE)
@@ -319,17 +297,51 @@ def test_a_third_of_the_columns_is_few(monkeypatch):
     check_column_limit(kernels, monkeypatch, DEVICE)
 
 
-def everything(case):
-    """What the convolution's five functions return, at the same inputs every time."""
+def everything(case, layout=lambda tensor: tensor):
+    """What the backend's functions return of the same inputs every time, put into memory as `layout` does."""
     torch.manual_seed(0)
-    tensors = inputs(case)
-    x, weight, in_mask, out_mask, *_, columns = tensors
-    y, raw = forward(case, *tensors)
-    arguments = in_mask, out_mask, case.geometry, columns, False
-    grad_x, grad_in_mask = kernels.backward_input(raw, x, weight, *arguments)
-    grad_weight = kernels.backward_weight(raw, x, weight.shape, *arguments)
-    found = y, raw, *kernels.forward_stats(x, weight, *arguments), grad_x, grad_in_mask, grad_weight
-    return [tensor for tensor in found if tensor is not None]
+    x, *tensors = inputs(case)
+    x = layout(poison(x, tensors[1]))
+    *tensors, columns = tensors
+    weight, in_mask, out_mask, scale, shift, residual = (t if t is None else layout(t) for t in tensors)
+    masks = in_mask, out_mask
+    arguments = *masks, case.geometry, columns, False
+    y, raw = kernels.forward(x, weight, *masks, scale, shift, residual, case.act, case.geometry, columns, True, False)
+    statistics = kernels.forward_stats(x, weight, *arguments)
+    upstream = layout(poison(torch.randn(raw.shape).to(DEVICE, case.dtype), out_mask))
+    grads = (
+        *kernels.backward_input(upstream, x, weight, *arguments),
+        kernels.backward_weight(upstream, x, weight.shape, *arguments),
+    )
+    raw, upstream = layout(raw), layout(torch.randn(raw.shape).to(DEVICE, case.dtype))
+    grads += kernels.backward_epilogue(upstream, raw, out_mask, scale, shift, residual, case.act)
+    second = ()
+    if case.affine:
+        norm = raw, *map(layout, statistics[1:]), scale, shift, out_mask, residual, case.act, 1e-3
+        second = *kernels.bn_act(*norm), *kernels.bn_act_backward(upstream, *norm)
+    return [tensor for tensor in (y, raw, *statistics, *grads, *second) if tensor is not None]
+
+
+def spaced(tensor):
+    """Every second element of a larger tensor along each of its axes, NaN between them."""
+    between = math.nan if tensor.is_floating_point() else 0
+    larger = tensor.new_full([size * 2 for size in tensor.shape], between)
+    return larger[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def columns_first(tensor):
+    return tensor.mT.contiguous().mT if tensor.dim() == 4 else tensor
+
+
+@pytest.mark.parametrize("name", ["masked-strided", "depthwise", "columns-strided", "bfloat16"])
+def test_layouts_do_not_matter(name):
+    expected = everything(CASES[name])
+    for layout in (spaced, channels_last, columns_first):
+        assert all(map(torch.equal, everything(CASES[name], layout), expected)), layout
 
 
 WIDE_CASES = [

@@ -16,6 +16,8 @@ from hwprune.ops import _cuda_conv
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+AVAILABLE = [name for name, cause in ops.backends().items() if cause is None]
+DEVICE = dict.fromkeys(("triton", "cuda"), "cuda" if torch.cuda.is_available() else "cpu")  # of others, the CPU
 ACTIVATIONS = ["none", "relu", "relu6", "silu", "gelu"]
 SUM_SLACK = 1e-4  # of sums over pixels, which may cancel to next to nothing, in another order than torch's
 SLACK = 1e-6  # of scale and shift applied in another order
@@ -75,19 +77,40 @@ def test_masked_channels_are_neither_read_nor_given_gradients():
     assert grad_in_mask[given["in_mask"] == 0].eq(0).all() and grad_out_mask[given["out_mask"] == 0].eq(0).all()
 
 
-def test_masked_conv2d_gradients_agree_with_finite_differences():
-    x, weight, given, geometry = convolution()
+def assert_gradients_are_differences(operator, tensors, **options):
+    """Of `operator` at float64 tensors, given by name."""
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
+    assert all(leaf.dtype == torch.float64 for leaf in leaves)
+
+    def positional(*leaves):
+        return operator(**dict(zip(tensors, leaves, strict=True)), **options)
+
+    assert torch.autograd.gradcheck(positional, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["masks", "groups", "columns", "statistics", "statistics of columns"])
+def test_masked_conv2d_gradients_agree_with_finite_differences(kind):
+    x, weight, given, geometry = convolution(groups=2 if kind == "groups" else 1)
     for name in ("in_mask", "out_mask"):
         given[name] = given[name].clamp_min(0.125)  # at 0 the operator skips, on purpose
-    given["residual"] = given["residual"][:1, :, :2, :2].clone()
-    leaves = [x[:1, :, :3, :3].clone(), weight, *given.values()]
-    for leaf in leaves:
-        leaf.requires_grad_()
+    given["residual"] = given["residual"][:1, :, :2, :2]
+    if "columns" in kind:
+        del given["in_mask"]
+        geometry["columns"] = torch.arange(0, 54, 4)
+    if "statistics" in kind:
+        given = {name: mask for name, mask in given.items() if name == "in_mask"}  # out_mask does not scale
+    options = {"stats": True} if "statistics" in kind else {"act": "silu"}
+    tensors = {"x": x[:1, :, :3, :3], "weight": weight, **given}
+    assert_gradients_are_differences(ops.masked_conv2d, tensors, **geometry, **options)
 
-    def operator(x, weight, *values):
-        return ops.masked_conv2d(x, weight, **dict(zip(given, values, strict=True)), act="silu", **geometry)
 
-    assert torch.autograd.gradcheck(operator, leaves, fast_mode=True)
+@pytest.mark.parametrize("act", ["none", "silu"])
+def test_batch_norms_gradients_agree_with_finite_differences(act):
+    _, _, given, _ = convolution()
+    y = torch.randn_like(given["residual"]) + 0.5
+    tensors = {"x": y, "sums": y.sum((0, 2, 3)), "squares": y.square().sum((0, 2, 3)), "weight": given["scale"]}
+    tensors |= {"bias": given["shift"], "mask": given["out_mask"].clamp_min(0.125), "residual": given["residual"]}
+    assert_gradients_are_differences(ops.masked_bn_act, tensors, act=act)
 
 
 def test_columns_are_numbered_by_row_column_channel():
@@ -213,15 +236,19 @@ def problems(draw):
     return given, geometry | {"act": draw(st.sampled_from(ACTIVATIONS))}
 
 
-def results(operator, tensors, dtype, **options):
+def results(operator, tensors, dtype, *, backend, **options):
     """What an operator returns and the gradients of all its tensors, by name."""
-    leaves = {name: value.to(dtype).clone().requires_grad_() for name, value in tensors.items()}
-    outputs = operator(**leaves, **options)
+    device = DEVICE.get(backend, "cpu")
+    leaves = {name: value.to(device, dtype, copy=True).requires_grad_() for name, value in tensors.items()}
+    options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+    outputs = operator(**leaves, **options, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [1.5 + torch.linspace(1, 7, out.numel(), dtype=dtype).cos().view(out.shape) for out in outputs]
+    upstream = [
+        (1.5 + torch.linspace(1, 7, out.numel(), dtype=dtype).cos()).view(out.shape).to(device) for out in outputs
+    ]
     grads = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
-    named = dict(zip([f"grad of {name}" for name in leaves], grads, strict=True))
-    return {str(i): out.detach() for i, out in enumerate(outputs)} | {k: v for k, v in named.items() if v is not None}
+    named = {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return {name: out.detach().cpu() for name, out in {**dict(zip("012", outputs, strict=False)), **named}.items()}
 
 
 def assert_backend_accurate(operator, tensors, backend, **options):
@@ -274,6 +301,32 @@ def test_cpp_statistics_and_second_pass_are_as_accurate_as_plain_torch(problem):
     assert_backend_accurate(ops.masked_bn_act, second, "cpp", act=act)
 
 
+@pytest.mark.parametrize("kind", ["masks", "groups", "depthwise", "few columns", "many columns"])
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_every_backend_differentiates_as_accurately_as_plain_torch(backend, kind):
+    groups = {"groups": 2, "depthwise": 6}.get(kind, 1)
+    x, weight, given, geometry = convolution(torch.float32, groups)
+    if groups == 6:
+        weight = weight[:6]
+        given = {name: value[:, :6] if value.dim() == 4 else value[:6] for name, value in given.items()}
+    if "columns" in kind:
+        del given["in_mask"]
+        geometry["columns"] = torch.arange(54)[:: 5 if kind == "few columns" else 2]  # a view with gaps
+    tensors = {"x": x, "weight": weight}
+    assert_backend_accurate(ops.masked_conv2d, tensors | given, backend, act="silu", **geometry)
+    masks = {name: value for name, value in given.items() if name.endswith("mask")}
+    assert_backend_accurate(ops.masked_conv2d, tensors | masks, backend, stats=True, **geometry)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_every_backend_differentiates_batch_norm_as_accurately_as_plain_torch(backend):
+    _, _, given, _ = convolution(torch.float32)
+    y = torch.randn_like(given["residual"])
+    tensors = {"x": y, "sums": y.sum((0, 2, 3)), "squares": y.square().sum((0, 2, 3)), "weight": given["scale"]}
+    tensors |= {"bias": given["shift"], "mask": given["out_mask"], "residual": given["residual"]}
+    assert_backend_accurate(ops.masked_bn_act, tensors, backend, act="gelu")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 def test_threads_share_the_work_without_a_trace(threads, form):
@@ -290,7 +343,7 @@ def test_threads_share_the_work_without_a_trace(threads, form):
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", AVAILABLE)
 def test_masked_channels_are_not_read_by_any_backend(backend, groups, form):
     x, weight, given, geometry = convolution(torch.float32, groups)
     x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
@@ -314,20 +367,21 @@ def test_results_keep_the_memory_format_of_the_input():
             assert y.is_contiguous(memory_format=form)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", AVAILABLE)
 def test_operators_obey_the_rules_of_torch_library(backend):
     x, weight, given, _ = convolution(torch.float32)
-    tensors = [tensor.requires_grad_() for tensor in (x, weight, *given.values())]
+    device = DEVICE.get(backend, "cpu")
+    tensors = [tensor.to(device).requires_grad_() for tensor in (x, weight, *given.values())]
     how = [[2, 2], [1, 1], [1, 1], 1]
     operators = torch.ops.hwprune
     torch.library.opcheck(operators.masked_conv2d, (*tensors, None, "relu", *how, True, False, backend))
     x, weight, in_mask, out_mask, *_ = tensors
     torch.library.opcheck(operators.masked_conv2d_stats, (x, weight, in_mask, out_mask, None, *how, False, backend))
-    columns = torch.arange(0, 54, 5)
+    columns = torch.arange(0, 54, 5, device=device)
     torch.library.opcheck(
         operators.masked_conv2d, (x, weight, None, None, None, None, None, columns, "none", *how, False, False, backend)
     )
-    y = torch.randn(2, 8, 3, 4, requires_grad=True)
+    y = torch.randn(2, 8, 3, 4, device=device, requires_grad=True)
     statistics = y.detach().sum((0, 2, 3)).requires_grad_(), y.detach().square().sum((0, 2, 3)).requires_grad_()
     _, _, scale, shift, residual = tensors[2:]
     arguments = y, *statistics, scale, shift, out_mask, residual, "relu", 1e-5, backend
@@ -377,10 +431,11 @@ def test_a_network_follows_autocast_compiled_or_not():
             assert relative_rms(ours, theirs.double()) < 0.03
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
+@pytest.mark.parametrize("backend", ["auto", *AVAILABLE])
 def test_a_network_compiles_into_one_graph(backend):
-    network = Network(backend)
-    x, mask = torch.randn(2, 3, 6, 5), torch.tensor([1, 0, 0.5, 1, 0, 0, 1, 0.25], requires_grad=True)
+    device = DEVICE.get(backend, "cpu")
+    network, x = Network(backend).to(device), torch.randn(2, 3, 6, 5, device=device)
+    mask = torch.tensor([1, 0, 0.5, 1, 0, 0, 1, 0.25], device=device, requires_grad=True)
     leaves = [mask, *network.parameters()]
     expected = network(x, mask)
     expected_grads = torch.autograd.grad(expected.square().sum(), leaves)

@@ -201,12 +201,10 @@ class _Convolution:
         self.x = x
         self.out_shape = output_shape(x, weight_shape, geometry)
         self.masks = _vector(in_mask), _vector(out_mask)
-        self.columns, product_images = None, 0
-        if columns is not None:
-            self.columns = columns.contiguous()
-            if _FEW_COLUMNS * len(columns) <= per_group * kernel_height * kernel_width:
-                products = self.out_shape[2] * self.out_shape[3] * len(columns)  # of one image
-                product_images = max(1, _MOST_PRODUCTS // max(1, products))
+        self.columns, product_images = columns, 0
+        if columns is not None and _FEW_COLUMNS * len(columns) <= per_group * kernel_height * kernel_width:
+            products = self.out_shape[2] * self.out_shape[3] * len(columns)  # of one image
+            product_images = max(1, _MOST_PRODUCTS // max(1, products))
         self.conv = _native.module("cuda").Convolution(
             batch=batch,
             in_channels=in_channels,

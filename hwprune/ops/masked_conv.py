@@ -88,6 +88,7 @@ def masked_conv2d(
     _check_act(act)
     if columns is not None:
         _check_columns(columns, x.device, weight[0].numel(), in_mask is not None or groups != 1)
+        columns = columns.contiguous()  # backends read on from its address
     geometry = _pair(stride), _pair(padding), _pair(dilation), groups
     shape = output_shape(x, weight.shape, geometry)
     if min(shape[2:]) < 1:
