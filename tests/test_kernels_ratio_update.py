@@ -18,6 +18,7 @@ from ratio_update_law import (
     ragged,
     step_arguments,
 )
+from tolerance import assert_as_accurate
 
 from hwprune import ops
 from hwprune.errors import InvalidInput
@@ -114,18 +115,41 @@ def test_seeded_and_priced_operators_obey_the_rules_of_torch_library(backend):
     theta.requires_grad_()
     torch.library.opcheck(torch.ops.hwprune.ratio_forward, (theta, importance, offsets, 2.0, None, backend, 7))
     theta, grad_mask, p, offsets, tables, *state = step_arguments([3, 8], device=device)
-    arguments = (theta, grad_mask, p, offsets, list(tables), 0.5, 0.1, *state, 1, 0.1, 0.9, 0.999, 1e-8, 1e-4, backend)
+    adam = 1, 0.1, 0.9, 0.999, 1e-8, 1e-4, backend
+    arguments = (theta, grad_mask, p, offsets, list(tables), 0.5, 0.1, *state, *adam)
     torch.library.opcheck(torch.ops.hwprune.ratio_step_priced, arguments)
+    arguments = (theta, grad_mask, p, offsets, torch.rand_like(theta), 0.5, *state, *adam)
+    torch.library.opcheck(torch.ops.hwprune.ratio_step, arguments)
 
 
-def test_seeded_and_priced_operators_compile_into_one_graph():
+@pytest.mark.parametrize("backend", ["reference", *AVAILABLE])
+def test_gradients_reach_theta_through_every_backend(backend):
+    device = DEVICE.get(backend, "cpu")
+    upstream = torch.randn(33, device=device)
+
+    def gradient(backend, dtype):
+        theta, importance, offsets, uniforms = ragged([8, 25])
+        leaf = theta.to(device, dtype).requires_grad_()
+        flat = importance.to(device, dtype), offsets.to(device), 3.0, uniforms.to(device, dtype)
+        log_threshold, p, mask = ops.ratio_forward(leaf, *flat, backend=backend)
+        loss = (upstream.to(dtype) * (p + mask)).sum() + log_threshold.sum()
+        return torch.autograd.grad(loss, leaf)[0].cpu()
+
+    plain, truth = (gradient("reference", dtype) for dtype in (torch.float32, torch.float64))
+    assert_as_accurate(gradient(backend, torch.float32), plain, truth, slack=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *AVAILABLE])
+def test_seeded_and_priced_operators_compile_into_one_graph(backend):
+    device, adam = DEVICE.get(backend, "cpu"), {"step": 1, "lr": 0.1, "backend": backend}
+
     def search_step(theta, importance, offsets, grad_mask, tables, *state):
-        _, p, mask = ops.ratio_forward(theta, importance, offsets, 2.0, seed=11)
-        return mask, *ops.ratio_step_priced(theta, grad_mask, p, offsets, tables, 0.3, 0.5, *state, step=1, lr=0.1)
+        _, p, mask = ops.ratio_forward(theta, importance, offsets, 2.0, seed=11, backend=backend)
+        return mask, *ops.ratio_step_priced(theta, grad_mask, p, offsets, tables, 0.3, 0.5, *state, **adam)
 
     def inputs():
-        theta, grad_mask, _, offsets, tables, *state = step_arguments([3, 8])
-        return theta, ragged([3, 8])[1], offsets, grad_mask, tables, *state
+        theta, grad_mask, _, offsets, tables, *state = step_arguments([3, 8], device=device)
+        return theta, ragged([3, 8])[1].to(device), offsets, grad_mask, tables, *state
 
     eager, compiled = inputs(), inputs()
     expected = search_step(*eager)
