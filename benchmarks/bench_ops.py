@@ -29,6 +29,7 @@ and that which the products take at its rate for large matrices, both measured i
 are the active channels of input and weight, the whole output, and the products between active channels.
 
 --table writes the fastest backend of every kind of call from such rows, for `backend="auto"`, and measures nothing.
+--compile fills Triton's cache with what the sections will need, on many cores, which takes most of a first run else.
 --dry-run goes through all that a CUDA device would be given, in small on the CPU, and stores nothing.
 """
 
@@ -38,11 +39,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,6 +202,8 @@ class Bench:
     threads: int = 1
     rates: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    share: tuple[int, int] | None = None  # number and count of processes that compile what is compared, and no more
+    met: int = 0  # comparisons so far
 
     @property
     def gpu(self) -> bool:
@@ -257,6 +262,13 @@ class Bench:
         pairs = [(backend, rival) for rival in rivals for backend in self.backends]
         pairs = [pair for pair in pairs if not self.results.has(self.row(op, *pair, shape, dtype, keep))]
         if not pairs:
+            return
+        if self.share is not None:
+            self.met += 1
+            if self.met % self.share[1] == self.share[0]:
+                sides = make()
+                with torch.set_grad_enabled(tolerance > 0), suppress(Exception):  # it is met again when it is timed
+                    sides.ours("triton" if self.device == "cuda" else "reference")(*sides.sets[0])
             return
         sides = make()
         calls = {name: sides.rivals[name] for name in rivals if any(name == rival for _, rival in pairs)}
@@ -326,6 +338,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="measure only what is not there at this commit")
     parser.add_argument("--out", type=Path, help="folder of results; default: benchmarks/results/<environment>")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, and write the fastest backends")
+    parser.add_argument("--compile", type=int, metavar="WORKERS", help="time nothing, compile Triton's kernels")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.dry_run else "cpu"
@@ -333,37 +346,48 @@ def main() -> None:
     if args.table:
         write_table(args.table, [out / "ops.json", out / "ratio_update.json"])
         return
-    torch.manual_seed(0)
+    if args.compile:
+        with ProcessPoolExecutor(args.compile, get_context("spawn")) as pool:
+            list(pool.map(partial(compile_share, args, device, out), range(args.compile)))
+        return
     targets = [Target(device=device)] if device == "cuda" else [Target(threads=count) for count in args.threads]
-    backends = ["auto"]
-    if device == "cuda":
-        backends += [name for name in ("triton", "cuda") if ops.backends()[name] is None]
-        torch.backends.cudnn.benchmark = True  # the rivals' best
-    context = {**fingerprint(targets[0]), "rounds": args.rounds}
-    if device == "cuda":
-        context |= {"cudnn_benchmark": True, "cudnn_graph": "timed" if find_spec("cudnn") else "no module named cudnn"}
-    results = Results(
-        None if args.dry_run else out / "ops.json",
-        context,
-        resume=args.resume,
-    )
-    bench = Bench(
-        device, args.backends or backends, args.rounds, results, args.dry_run,
-        args.networks, args.kernels, args.batches, args.keeps,
-    )  # fmt: skip
-    if args.dry_run:
-        targets, bench.backends, bench.rounds = targets[:1], ["auto", "reference"], 1
-    for target in targets:
+    bench = bench_of(args, device, out, targets[0])
+    for target in targets[:1] if args.dry_run else targets:
         with settings(target):
             bench.threads = target.threads
             bench.rates = device_rates(bench)
-            results.context.setdefault("rates", {})[str(target.threads)] = bench.rates
+            bench.results.context.setdefault("rates", {})[str(target.threads)] = bench.rates
             for section in args.only:
                 for row in SECTIONS[section](bench):
-                    results.add(row)
-    print(*means(results.rows.values()), sep="\n")
+                    bench.results.add(row)
+    print(*means(bench.results.rows.values()), sep="\n")
     if bench.failures:
         sys.exit("\n".join(["These were not timed:", *bench.failures]))
+
+
+def bench_of(args: argparse.Namespace, device: str, out: Path, target: Target) -> Bench:
+    torch.manual_seed(0)
+    context: dict[str, Any] = {**fingerprint(target), "rounds": args.rounds}
+    backends = ["auto", "reference"] if args.dry_run else ["auto"]
+    if device == "cuda":
+        backends += [name for name in ("triton", "cuda") if ops.backends()[name] is None]
+        torch.backends.cudnn.benchmark = True  # the rivals' best
+        context |= {"cudnn_benchmark": True, "cudnn_graph": "timed" if find_spec("cudnn") else "no module named cudnn"}
+    results = Results(None if args.dry_run else out / "ops.json", context, resume=args.resume)
+    return Bench(
+        device, args.backends or backends, 1 if args.dry_run else args.rounds, results, args.dry_run,
+        args.networks, args.kernels, args.batches, args.keeps,
+    )  # fmt: skip
+
+
+def compile_share(args: argparse.Namespace, device: str, out: Path, rank: int) -> None:
+    """Calls what Triton has to compile for one comparison in so many; what is tuned beside others is forgotten."""
+    os.environ.pop("HWPRUNE_AUTOTUNE_CACHE", None)
+    bench = bench_of(args, device, out, Target(device=device))
+    bench.share = rank, args.compile
+    for section in args.only:
+        for _ in SECTIONS[section](bench):
+            pass
 
 
 def device_rates(bench: Bench) -> dict[str, float]:
