@@ -4,7 +4,6 @@
 #   make test       the whole test suite
 #   make check      ruff, mypy, clang-format, then the tests
 #   make sanitize   the native code of the CPU under AddressSanitizer and ThreadSanitizer
-#   make sanitize   the native code of the CPU under AddressSanitizer and ThreadSanitizer
 #   make bench      reproduce benchmarks/results on this machine
 #   make gpu-check  tests, compute-sanitizer and benchmarks on a CUDA device, in parts that can be resumed
 #   make wheel      sdist and wheel into dist/
@@ -63,10 +62,17 @@ sanitize:
 NEED_DATA := benchmarks/bench_cifar10.py benchmarks/bench_training_free.py
 bench: $(VENV)/test.installed
 	set -e; for bench in $(filter-out $(NEED_DATA),$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$bench; done
+	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python benchmarks/plot.py
 
-# Goes on with what has not passed at this commit; PARTS="tests ratio_update" chooses.
-gpu-check: $(VENV)/test.installed
-	$(BIN)/python benchmarks/gpu_check.py $(PARTS)
+# Goes on with what has not passed at this commit; PARTS="tests conv" chooses, GPU_FLAGS="--out FOLDER" and others are said
+# by benchmarks/gpu_check.py --help. It builds for itself, so PYTHON serves as it is where it has what is tested with.
+gpu-check:
+	set -e; python=$(PYTHON); \
+	if ! $$python -c 'import torch, triton, numpy, scipy, pytest, pybind11, ninja, setuptools' 2>/dev/null; then \
+		$(MAKE) $(VENV)/test.installed; python=$(BIN)/python; \
+	fi; \
+	$$python benchmarks/gpu_check.py $(GPU_FLAGS) $(PARTS)
 
 wheel: $(VENV)/test.installed
 	$(BIN)/python -m build --outdir dist
