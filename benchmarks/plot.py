@@ -40,31 +40,41 @@ def main() -> None:
 def draw_operators(rows: list[dict[str, Any]], path: Path) -> None:
     """Rivals' times over ours, a dot a shape and a line at the geometric mean; the cost of a step by what is kept."""
     whole = ("training step", "search step")
-    kinds = list(dict.fromkeys((row["op"], row["rival"], row["keep"]) for row in rows if row["op"] not in whole))
-    steps = [row for row in rows if row["op"] == "training step"]
-    threads = sorted({row["threads"] for row in rows})
+    kinds = list(dict.fromkeys(kind_of(row) for row in rows if row["op"] not in whole))
+    steps = sorted((row for row in rows if row["op"] == "training step"), key=lambda row: -row["keep"])
+    series = sorted({(row["backend"], row["threads"]) for row in rows})  # threads on the CPU, backends on a device
+    width = 0.72 / len(series)
     size = (9.5, 0.6 + 0.3 * len(kinds))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2), layout="constrained")
     for place, kind in enumerate(kinds):
-        for shift, count in enumerate(threads):
-            mine = [row for row in rows if (row["op"], row["rival"], row["keep"]) == kind and row["threads"] == count]
+        for shift, member in enumerate(series):
+            mine = [row for row in rows if kind_of(row) == kind and (row["backend"], row["threads"]) == member]
+            if not mine:
+                continue
             ratios = [row["ratio"] for row in mine]
-            at = place + 0.36 * (shift - (len(threads) - 1) / 2)
+            at = place + width * (shift - (len(series) - 1) / 2)
             left.plot(ratios, [at] * len(ratios), ".", color=f"C{shift}", markersize=3, alpha=0.6)
-            mean = math.exp(sum(map(math.log, ratios)) / max(1, len(ratios)))
-            left.plot([mean, mean], [at - 0.17, at + 0.17], color=f"C{shift}", linewidth=2)
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            half = 0.17 * width / 0.36
+            left.plot([mean, mean], [at - half, at + half], color=f"C{shift}", linewidth=2)
     left.axvline(1, color="#7a8896", linewidth=0.8)
-    names = [f"{op}, {keep:.0%} kept, over {rival}" for op, rival, keep in kinds]
+    names = [f"{kind}, {keep:.0%} kept, over {rival}" for kind, rival, keep in kinds]
     left.set(xscale="log", yticks=range(len(kinds)), yticklabels=names, xlabel="times as fast as the rival")
     left.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     left.xaxis.set_minor_formatter(NullFormatter())
     left.invert_yaxis()
-    for shift, count in enumerate(threads):
-        for rival in dict.fromkeys(row["rival"] for row in steps):
-            mine = [row for row in steps if row["threads"] == count and row["rival"] == rival]
+    named = len({backend for backend, _ in series}) > 1
+    for shift, (backend, count) in enumerate(series):
+        if named:
+            left.plot([], [], color=f"C{shift}", label=backend)
+            left.legend(fontsize=7, frameon=False)
+        if backend != "auto":
+            continue
+        for rival, marker in zip(dict.fromkeys(row["rival"] for row in steps), ".x+", strict=False):
+            mine = [row for row in steps if (row["backend"], row["threads"], row["rival"]) == (backend, count, rival)]
             cost = [row["median_us"] / row["rival_median_us"] for row in mine]
-            label = f"{count} thread{'s' * (count > 1)}, over {rival}"
-            right.plot([row["keep"] for row in mine], cost, ".-", color=f"C{shift}", label=label)
+            label = f"over {rival}" if named else f"{count} thread{'s' * (count > 1)}, over {rival}"
+            right.plot([row["keep"] for row in mine], cost, f"{marker}-", color=f"C{shift}", label=label)
     right.plot([0, 1], [0, 1], ":", color="#7a8896", linewidth=0.8)
     parts = [index / 50 for index in range(51)]
     right.plot(parts, [part**2 for part in parts], "--", color="#7a8896", linewidth=0.8, label="squared: all products")
@@ -72,6 +82,12 @@ def draw_operators(rows: list[dict[str, Any]], path: Path) -> None:
     right.legend(fontsize=7, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def kind_of(row: dict[str, Any]) -> tuple[str, str, float]:
+    """What is drawn in one line: operator, with the kind of convolution where it is told, rival and kept part."""
+    kind = row.get("kind", "any")
+    return row["op"] if kind in ("any", "columns") else f"{row['op']} {kind}", row["rival"], row["keep"]
 
 
 def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
