@@ -51,7 +51,8 @@ class Part:
     """Arguments of the interpreter, where {out} is the folder of results, and a time limit.
 
     sanitizer: the tool of compute-sanitizer that watches. tuned: kernels are tuned, not only compiled. resumes: stopped
-    anywhere, it has lost nothing. dry: what is added for a dry run; None: there is nothing to try without a device.
+    anywhere, it has lost nothing. cache: Triton's; what torch.compile tries is a lot, and has one of its own. dry: what
+    is added for a dry run; None: there is nothing to try without a device.
     """
 
     arguments: tuple[str, ...]
@@ -59,6 +60,7 @@ class Part:
     sanitizer: str = ""
     tuned: bool = False
     resumes: bool = False
+    cache: str = "triton"
     dry: tuple[str, ...] | None = ("--dry-run",)
 
     @property
@@ -77,7 +79,8 @@ def tests(file: str, limit_s: int, *options: str, tuned: bool = False) -> Part:
 
 
 def ops(section: str, limit_s: int, *options: str) -> Part:
-    return Part((*OPS, "--resume", "--only", section, *options), limit_s, tuned=True, resumes=True)
+    cache = "inductor" if section in ("compiled", "curve") else "triton"
+    return Part((*OPS, "--resume", "--only", section, *options), limit_s, tuned=True, resumes=True, cache=cache)
 
 
 def exercise(limit_s: int, *options: str, sanitizer: str = "") -> Part:
@@ -238,7 +241,6 @@ def environment(out: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HWPRUNE_COMMIT": commit(),
         "HWPRUNE_AUTOTUNE_CACHE": str(out / "autotune.json"),
-        "TRITON_CACHE_DIR": str(WORK / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
     }
 
@@ -246,7 +248,7 @@ def environment(out: Path) -> dict[str, str]:
 def run(part: Part, out: Path, limit_s: float) -> tuple[str, str]:
     """A part's result and a note."""
     command = [sys.executable, *(argument.format(out=out) for argument in part.arguments)]
-    variables = environment(out)
+    variables = environment(out) | {"TRITON_CACHE_DIR": str(WORK / part.cache)}
     if not part.tuned:
         variables["HWPRUNE_AUTOTUNE"] = "0"
     if part.sanitizer:
