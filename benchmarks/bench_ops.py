@@ -65,7 +65,7 @@ from hwprune.nn import mask_
 from hwprune.search import Search
 
 SKIP = 8  # one search step in so many computes all channels
-PLANS = 6  # of a cuDNN graph that are tried
+PLANS = 4  # of a cuDNN graph that are tried
 SHIPPED_TABLE = Path(__file__).resolve().parent.parent / "hwprune" / "ops" / "measured.json"
 Row = dict[str, Any]
 
