@@ -176,6 +176,18 @@ def test_a_network_survives_without_a_training_step(pretrained):
     assert mine > 0.85 and mine > rival
 
 
+def test_few_images_judge_every_width_that_is_looked_at(pretrained):
+    """Whole forwards are what the choice takes its time for: one of all images for the Grams, the others of few."""
+    model, run = start(pretrained)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    with run:
+        pass
+    grams, *judged = sizes
+    assert grams == 512
+    assert judged == [32] * (1 + 4 * len(WIDTHS))  # the dense network, and four widths of every group
+
+
 def test_values_rise_to_zero_and_the_ranking_is_the_order(pretrained):
     _, run = start(pretrained)
     with run:
