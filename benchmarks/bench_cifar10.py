@@ -28,7 +28,6 @@ from hwprune.data import Data, load_data
 from hwprune.latency import Target, fingerprint
 from hwprune.models import load_model
 from hwprune.pipeline import BudgetMissed, measure, prune
-from hwprune.search import method_class
 from hwprune.train import Recipe, evaluate, fit, recalibrate
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_cpu.json"
@@ -102,15 +101,13 @@ def arguments() -> argparse.Namespace:
 def ours(
     args: argparse.Namespace, model: nn.Module, example: torch.Tensor, data: Data, target: Target, recipe: Recipe
 ) -> dict[str, Any]:
-    """hwprune itself; what does not search spends the search's epochs on fine-tuning."""
+    """hwprune itself."""
     method, _, guide = args.method.partition("-")
-    searches = method_class(method).searches
     try:
         result = prune(
             model, example, train_loader=data.train, test_loader=data.test, budget=args.budget, target=target,
             method=method, guide=guide or "ms", recipe=recipe,
-            search_epochs=args.search_epochs if searches else 0,
-            epochs=args.epochs + (0 if searches else args.search_epochs),
+            search_epochs=args.search_epochs, epochs=args.epochs,
             out=args.runs / f"{args.model}-b{args.batch}-{args.budget.rstrip('%')}-{args.method}-s{args.seed}",
             table=args.runs / f"{args.model}-b{args.batch}.jsonl", resume=True, seed=args.seed, name=args.model,
         ).result  # fmt: skip

@@ -26,7 +26,7 @@ from hwprune.errors import CorruptArtifact, InvalidInput
 from hwprune.latency import Target, fingerprint
 from hwprune.models import load_weights
 from hwprune.pipeline import BudgetMissed, prune
-from hwprune.search import create, method_class
+from hwprune.search import create
 from hwprune.train import Recipe, fit
 
 try:
@@ -77,18 +77,6 @@ class Entry:
         return [cls.parse(part) for part in _parts(text, ",")]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Epochs of every run. A method that trains nothing while it searches spends all of them on fine-tuning."""
-
-    search: int
-    fine_tune: int
-
-    def of(self, name: str) -> "Schedule":
-        """The epochs of a method by name: the same sum for all."""
-        return self if method_class(name).searches else Schedule(0, self.search + self.fine_tune)
-
-
 def compare(
     model: nn.Module,
     example: Tensor | Sequence[Tensor],
@@ -97,7 +85,8 @@ def compare(
     seeds: Sequence[int],
     data: Callable[[int], Data],
     *,
-    schedule: Schedule,
+    search_epochs: int,
+    epochs: int,
     recipe: Recipe,
     out: Path,
     dense_epochs: int = 0,
@@ -112,9 +101,10 @@ def compare(
     """Run every method at every budget with every seed, and return the rows of all that is finished.
 
     ``data(seed)`` gives what is trained on; ``out`` keeps everything. With ``dense_epochs`` the dense model is trained
-    first, once for all. A run that misses its budget is a row all the same, and says so. A folder takes more methods,
-    budgets and seeds later, and no other settings. Raises InvalidInput for such, InvalidInput or InfeasibleBudget where
-    a run cannot be begun.
+    first, once for all; ``search_epochs`` and ``epochs`` are as in :func:`hwprune.pipeline.prune`, the same sum for all
+    methods. A run that misses its budget is a row all the same, and says so. A folder takes more methods, budgets and
+    seeds later, and no other settings. Raises InvalidInput for such, InvalidInput or InfeasibleBudget where a run
+    cannot be begun.
     """
     target = target or Target()
     inputs = [example] if isinstance(example, Tensor) else example
@@ -122,8 +112,8 @@ def compare(
         "model": name,
         "inputs": [list(x.shape) for x in inputs],
         "target": target.describe(),
-        "search_epochs": schedule.search,
-        "epochs": schedule.fine_tune,
+        "search_epochs": search_epochs,
+        "epochs": epochs,
         "dense_epochs": dense_epochs,
         **{key: value for key, value in asdict(recipe).items() if key not in ("epochs", "seed")},
         "latency_table": None if latency_table is None else str(latency_table),
@@ -140,7 +130,6 @@ def compare(
             if not ours or (folder / "row.json").is_file():
                 continue
             say(f"{at + 1} of {len(plan)}: {entry.text} at {budget}, seed {seed}")
-            epochs = schedule.of(entry.name)
             loaded = data(seed)
             try:
                 result = prune(
@@ -156,8 +145,8 @@ def compare(
                     options=entry.options,
                     guide=entry.guide,
                     recipe=recipe,
-                    epochs=epochs.fine_tune,
-                    search_epochs=epochs.search,
+                    epochs=epochs,
+                    search_epochs=search_epochs,
                     out=folder,
                     table=latency_table or out / "table.jsonl",
                     profile_seconds=profile_seconds,
@@ -170,8 +159,9 @@ def compare(
             except BudgetMissed as missed:
                 result = missed.result
             found = {key: value for key, value in result.items() if key not in _LEFT_OUT}
-            given = {"method": entry.text, "budget": budget, "seed": seed, "lr": recipe.lr}
-            row = {**found, **given, **asdict(epochs)}
+            used = result["settings"]  # epochs that a method has no use for while it searches were spent afterwards
+            spent = {"search": used["search_epochs"], "fine_tune": used["epochs"], "lr": used["lr"]}
+            row = {**found, "method": entry.text, "budget": budget, "seed": seed, **spent}
             artifact.write_file(folder / "row.json", json.dumps(row, indent=1).encode())
         gather(out, target, provenance)
     return gather(out, target, provenance)

@@ -151,9 +151,10 @@ def prune(
     which gives training images without augmentation. ``refit`` solves the layers behind the cut for what was cut away,
     by least squares on the calibration images; None leaves that to the method. ``dense_epochs`` train the dense model
     first, ``search_epochs`` are spent with masks, ``epochs`` on fine-tuning with the dense model as teacher. ``guide``
-    is the cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget.
-    ``minimum`` (for all groups, or by group name), ``multiple`` and ``pinned`` (by name) bind the widths; a full width
-    is always allowed, and a group that they name is never removed.
+    is the cost that steers the search and the allocation, "ms" or "flops"; what is checked is always the budget. Where
+    the method trains nothing while it searches, the epochs of the search are spent on fine-tuning. ``minimum`` (for all
+    groups, or by group name), ``multiple`` and ``pinned`` (by name) bind the widths; a full width is always allowed,
+    and a group that they name is never removed.
 
     With ``out``, the folder keeps the artifact, ``report.html``, ``result.json`` and the state from which ``resume``
     continues. ``table`` is the latency table to use and extend (by default the one in ``out``), in about
@@ -163,6 +164,8 @@ def prune(
     the model cannot be traced, TrainingDiverged, and BudgetMissed when the finished network measured above the budget.
     """
     chosen = create(method, **(options or {}))  # an unknown method or option is said before anything is measured
+    moved = 0 if chosen.searches else search_epochs
+    search_epochs, epochs = search_epochs - moved, epochs + moved
     recipe = replace(recipe or Recipe(), seed=seed)
     work = Pruning(
         model,
@@ -193,6 +196,8 @@ def prune(
         progress=progress,
         say=say,
     )
+    if moved:
+        work.say(f"{method} trains nothing while it searches: the search's epochs go to fine-tuning, {epochs} in all")
     if chosen.wants_held_out and validation_loader is None:
         work.say(f"no images are held out: {method} judges on images that the weights are trained on")
     calibration = calibration_loader or train_loader

@@ -5,7 +5,6 @@ import multiprocessing
 import shutil
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,7 +26,7 @@ BUDGET = "50%flops"  # what no clock decides
 def run(out, methods="uniform,dsa", budget=BUDGET, seeds=(0,), **changes):
     torch.manual_seed(0)
     settings = {
-        "schedule": comparison.Schedule(1, 1), "recipe": Recipe(batch_size=64, lr=0.05), "dense_epochs": 2,
+        "search_epochs": 1, "epochs": 1, "dense_epochs": 2, "recipe": Recipe(batch_size=64, lr=0.05),
         "name": "resnet8", "profile_seconds": 1, "provenance": {"subset": 320}, **changes,
     }  # fmt: skip
     return comparison.compare(
@@ -165,8 +164,8 @@ def test_what_is_finished_is_not_run_again(finished):
 OTHERS = {
     "lr": ({"recipe": Recipe(batch_size=64, lr=0.02)}, r"lr 0\.05, not lr 0\.02"),
     "train batch": ({"recipe": Recipe(batch_size=32, lr=0.05)}, "batch_size 64, not batch_size 32"),
-    "epochs": ({"schedule": comparison.Schedule(1, 3)}, "epochs 1, not epochs 3"),
-    "search epochs": ({"schedule": comparison.Schedule(3, 1)}, "search_epochs 1, not search_epochs 3"),
+    "epochs": ({"epochs": 3}, "epochs 1, not epochs 3"),
+    "search epochs": ({"search_epochs": 3}, "search_epochs 1, not search_epochs 3"),
     "dense epochs": ({"dense_epochs": 0}, "dense_epochs 2, not dense_epochs 0"),
     "model": ({"name": "resnet20"}, "model 'resnet8', not model 'resnet20'"),
     "target": ({"target": Target(threads=2)}, "target .*1 thread.*, not target .*2 threads.*"),
@@ -254,7 +253,3 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
             main([*common, *arguments])
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and cause in error and "Traceback" not in error
-
-
-def test_schedules_keep_the_sum():
-    assert comparison.Schedule(3, 4).of("uniform") == replace(comparison.Schedule(3, 4), search=0, fine_tune=7)

@@ -312,6 +312,30 @@ def test_a_floor_is_judged_on_test_data_or_else_on_held_out_images(chain, tmp_pa
     assert pruned.result["accuracy"] is None and pruned.result["floor_met"] is True
 
 
+@pytest.mark.parametrize("method, spent", [("uniform", (0, 3)), ("csr", (0, 3)), ("dsa", (2, 1))])
+def test_epochs_that_a_method_does_not_search_in_go_to_fine_tuning(chain, method, spent):
+    model, inputs, table, loaded = chain
+    said = []
+    pruned = hwprune.prune(
+        model,
+        inputs,
+        train_loader=loaded.train,
+        calibration_loader=loaded.calibration,
+        budget="50%flops",
+        method=method,
+        recipe=Recipe(lr=0.05, batch_size=32),
+        search_epochs=2,
+        epochs=1,
+        table=table,
+        progress=False,
+        say=said.append,
+    )
+    settings = pruned.result["settings"]
+    assert (settings["search_epochs"], settings["epochs"]) == spent
+    line = f"{method} trains nothing while it searches: the search's epochs go to fine-tuning, 3 in all"
+    assert (line in said) == (spent[0] == 0)
+
+
 def test_a_finished_run_resumes_without_training(data, example, table, tmp_path):
     class Untouchable:
         def __len__(self):
