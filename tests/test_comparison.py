@@ -149,6 +149,10 @@ def test_the_readme_shows_the_stored_comparison():
     rows = json.loads((ROOT / "benchmarks" / "results" / "leaderboard_cpu.json").read_text())["rows"]
     table = comparison.table(comparison.summary(rows))
     assert table in (ROOT / "README.md").read_text(), f"README.md should show this table:\n{table}"
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    for row in rows:
+        used = f"{row['method']} with seed {row['seed']}, at {row['measured_ms'] / row['budget_ms']:.1%}"
+        assert row["met"] or used.replace("%", " %") in page, f"benchmarks/README.md does not say that {used} was kept"
     drawn = lines_drawn((ROOT / "benchmarks" / "results" / "leaderboard_cpu.svg").read_text())
     counts = Counter(line["method"] for line in comparison.summary(rows))
     assert drawn == {method: (count, count) for method, count in counts.items()}, "run benchmarks/plot.py"
