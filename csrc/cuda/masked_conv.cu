@@ -485,6 +485,9 @@ __global__ void __launch_bounds__(kThreadsFor<kColumns>, kColumns == 128 ? 2 : 3
                         first_place, count);
 }
 
+template <int kSide>
+constexpr int kWeightShared = kStages * 2 * kSide * kStepBytes;
+
 template <typename T>
 struct WeightArguments {
   Pixels pixels;  // of the forward convolution
@@ -1028,7 +1031,7 @@ cudaError_t launch_weight(WeightArguments<typename Engine::T> args, int rows, in
                           cudaStream_t stream) {
   args.column_tiles = ceil_div(columns, kSide);
   const dim3 grid(ceil_div(rows, kSide) * args.column_tiles, splits);
-  return launch(weight_kernel<Engine, kSide>, grid, kThreadsFor<kSide>, kStages * 2 * kSide * kStepBytes, stream, args);
+  return launch(weight_kernel<Engine, kSide>, grid, kThreadsFor<kSide>, kWeightShared<kSide>, stream, args);
 }
 
 template <typename Engine>
@@ -1084,6 +1087,14 @@ cudaError_t backward_weight(const Convolution& c, const T* grad, const T* source
 }
 
 }  // namespace
+
+std::array<SharedMemory, 5> masked_conv_shared() {
+  return {{{"product_kernel", 32, kProductShared<32>},
+           {"product_kernel", 64, kProductShared<64>},
+           {"product_kernel", 128, kProductShared<128>},
+           {"weight_kernel", 64, kWeightShared<64>},
+           {"weight_kernel", 128, kWeightShared<128>}}};
+}
 
 int64_t masked_conv_workspace(const Convolution& c) {
   int64_t most = 0;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 
 namespace hwprune {
@@ -26,6 +27,13 @@ struct Convolution {
   int column_count;        // -1 where all columns are walked
   int product_images;      // of so many images at a time backward-input sums the columns' products; 0: it is dense
 };
+
+// What the tiled kernels ask for in dynamic shared memory, by name and last template argument.
+struct SharedMemory {
+  const char* kernel;
+  int tile, bytes;
+};
+std::array<SharedMemory, 5> masked_conv_shared();
 
 // Bytes of scratch memory, aligned to 16, that each launcher below wants for this convolution.
 int64_t masked_conv_workspace(const Convolution& conv);

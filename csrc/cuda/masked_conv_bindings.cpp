@@ -132,6 +132,9 @@ void affine_backward(const ChannelAffine& a, Address grad_y, Address grad_x, Add
 
 void bind_masked_conv(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
+  py::dict shared;
+  for (const SharedMemory& each : masked_conv_shared()) shared[py::make_tuple(each.kernel, each.tile)] = each.bytes;
+  module.attr("dynamic_shared") = shared;
   py::class_<Convolution>(module, "Convolution", py::module_local(),
                           "The extents, formats and masks of masked_conv.cuh's launches.")
       .def(py::init(&convolution), py::kw_only(), py::arg("batch"), py::arg("in_channels"), py::arg("height"),

@@ -23,6 +23,9 @@ from hwprune.ops import _native
 MODULES = ("masked_conv", "ratio_update")
 Job = tuple[str, int, int]  # module, case, architecture
 
+CLASSES = "*"  # in place of a name's beginning: the first case of every class of call, whatever its tile
+# Bytes that a block may have, if it asks for them.
+_MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)\b")
 _LOADS_128 = re.compile(r"\b(?:LDG|LDGSTS)\.\S*\b128\b|\bUTMALDG\b|\bUBLKCP\b")
 _SPILLS = re.compile(r"\bSTL\b")
@@ -32,7 +35,8 @@ _RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) 
 def examine_triton(wanted: Mapping[int, Sequence[str] | None]) -> list[dict[str, Any]]:
     """Compiles Triton kernels, on all cores, and says what came out: one row for each case and architecture.
 
-    wanted: for each architecture, such as 90, beginnings of names, each for the first case that it fits; None for all.
+    wanted: for each architecture, such as 90, beginnings of names, each for the first case that it fits, or CLASSES;
+        None for all.
 
     A row has kernel, backend, arch, registers, spills (stores to local memory), stack_bytes, shared_bytes,
     tensor_cores and loads_128 (instructions), and expects: which of the last two must not be 0.
@@ -53,12 +57,14 @@ def examine_triton(wanted: Mapping[int, Sequence[str] | None]) -> list[dict[str,
 def examine_cuda() -> list[dict[str, Any]]:
     """Rows as `examine_triton`'s for every kernel in hwprune._cuda and every architecture that it was built for.
 
-    Dynamic shared memory is chosen at launch and not in these figures. Raises BackendUnavailable without the library.
+    Shared memory is the static part and what launches add to it, but for the tables of ratio_step, whose size differs.
+    Raises BackendUnavailable without the library.
     """
     _native.module("triton")
+    dynamic: dict[tuple[str, int], int] = _native.module("cuda").dynamic_shared
     spec = find_spec("hwprune._cuda")
     if spec is None or spec.origin is None:
-        raise BackendUnavailable(_native.missing("cuda") or "hwprune._cuda has no file")
+        raise BackendUnavailable("hwprune._cuda has no file")
     resources = _tool("cuobjdump", "--dump-resource-usage", spec.origin)
     code = _tool("cuobjdump", "-sass", spec.origin)
     texts: dict[tuple[int, str], str] = {}
@@ -71,17 +77,23 @@ def examine_cuda() -> list[dict[str, Any]]:
         for found in _RESOURCES.finditer(body):
             text = texts.get((arch, found[1]), "")
             rows.append({"kernel": found[1], "backend": "cuda", **_row(arch, found, text), "expects": {}})
-    names = _demangled([row["kernel"] for row in rows])
-    return [row | {"kernel": name} for row, name in zip(rows, names, strict=True)]
+    for row, name in zip(rows, _demangled([row["kernel"] for row in rows]), strict=True):
+        row["kernel"] = name
+        if (tiled := re.fullmatch(r"(\w+)<.*, (\d+)>", name)) is not None:
+            row["shared_bytes"] += dynamic.get((tiled[1], int(tiled[2])), 0)
+    return rows
 
 
 def complaints(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """What is not as it must be: spills anywhere, or no instruction of a kind that a kernel is expected to have."""
+    """What is not as it must be: spills, more shared memory than a block may have, or no instruction of a kind that a
+    kernel is expected to have."""
     found = []
     for row in rows:
         where = f"{row['kernel']} ({row['backend']}, sm_{row['arch']})"
         if row["spills"]:
             found.append(f"{where} spills {row['spills']} times")
+        if row["shared_bytes"] > (most := _MOST_SHARED.get(row["arch"], row["shared_bytes"])):
+            found.append(f"{where} takes {row['shared_bytes']} bytes of shared memory, of {most}")
         for kind in ("tensor_cores", "loads_128"):
             if row["expects"].get(kind) and not row[kind]:
                 found.append(f"{where} has no {kind.replace('_', ' ')} instruction")
@@ -90,16 +102,19 @@ def complaints(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def _jobs(wanted: Mapping[int, Sequence[str] | None]) -> list[Job]:
     named = [(module, index, case["name"]) for module in MODULES for index, case in enumerate(_cases(module))]
+    classes = {re.sub(r" \d+x\d+x\d+", "", name): (module, index) for module, index, name in reversed(named)}
     jobs: list[Job] = []
     for arch, beginnings in wanted.items():
         if beginnings is None:
             jobs += [(module, index, arch) for module, index, _ in named]
             continue
         for beginning in beginnings:
-            fitting = [(module, index, arch) for module, index, name in named if name.startswith(beginning)]
+            fitting = [(module, index) for module, index, name in named if name.startswith(beginning)][:1]
+            if beginning == CLASSES:
+                fitting = list(classes.values())
             if not fitting:
                 raise InvalidInput(f"no case begins with {beginning!r}; there are {', '.join(n for _, _, n in named)}")
-            jobs.append(fitting[0])
+            jobs += [(module, index, arch) for module, index in fitting]
     return jobs
 
 
