@@ -244,6 +244,38 @@ def test_row_weights_are_prices():
 # -- symmetries
 
 
+@pytest.mark.parametrize("method", ["fista", "admm", "ladmm"])
+@pytest.mark.parametrize("penalty", [Penalty(0.3), Penalty(0.3, low_rank=0.7, noise=0.2)], ids=["rows", "all"])
+def test_a_weight_of_a_sensor_scales_it_by_its_root(method, penalty):
+    """And for rows alone the optimality conditions hold as they are written down for ½ Σ w ‖Y - DA‖²."""
+    dictionaries, signals, *_ = planted(12, 20, segments=4, noise=0.05)
+    weight = [0.25, 1.0, 9.0]
+    found = solve(dictionaries, signals, penalty, sensor_weight=weight, method=method, iterations=20_000)
+    larger = [[math.sqrt(w) * x for w, x in zip(weight, each, strict=True)] for each in (dictionaries, signals)]
+    by_hand = solve(*larger, penalty, method=method, iterations=20_000)
+    roots = torch.tensor(weight, dtype=torch.float64).sqrt().repeat_interleave(4)
+    torch.testing.assert_close(found.rows, by_hand.rows)
+    torch.testing.assert_close(found.low_rank * roots, by_hand.low_rank)
+    torch.testing.assert_close(found.noise * roots, by_hand.noise)
+    plain = solve(dictionaries, signals, penalty, method=method, iterations=20_000)
+    assert (found.rows - plain.rows).norm() > 0.1 * plain.rows.norm()
+    if penalty.low_rank == math.inf:
+        parts = zip(weight, dictionaries, signals, found.rows.split(4, 1), strict=True)
+        pull = torch.cat([w * d.T @ (y - d @ a) for w, d, y, a in parts], 1)
+        on = found.support
+        torch.testing.assert_close(pull[on], 0.3 * found.rows[on] / found.rows[on].norm(dim=1, keepdim=True))
+        assert (pull.norm(dim=1) <= 0.3 * (1 + 1e-6)).all()
+
+
+def test_a_sensor_that_is_not_trusted_does_not_mislead():
+    dictionaries, signals, support, *_ = planted(rank=0, noise=0.01)
+    signals[0] = signals[0] + 5 * normal(*signals[0].shape, seed=9)
+    trusted, misled = (
+        solve(dictionaries, signals, Penalty(0.5), sensor_weight=weight) for weight in ([1e-4, 1, 1], [1, 1, 1])
+    )
+    assert found_rows(trusted, 5) == set(support.tolist()) != found_rows(misled, 5)
+
+
 def test_permutations_scalings_and_rotations_carry_over():
     dictionaries, signals, *_ = planted(noise=0.05)
     penalty = Penalty(0.5, low_rank=1.0)
@@ -463,6 +495,8 @@ def test_two_views_of_real_digits_are_read_better_than_one():
         (lambda d, y: solve(d, [y[0][:5], *y[1:]], Penalty(0.1)), "sensor 0"),
         (lambda d, y: solve(d, y, Penalty(0.1), start=torch.zeros(3, 3)), "start has shape"),
         (lambda d, y: solve(d, y, Penalty(0.1), step=0), "must be positive"),
+        (lambda d, y: solve(d, y, Penalty(0.1), sensor_weight=[1, 2]), "above 0 for each of 3"),
+        (lambda d, y: solve(d, y, Penalty(0.1), sensor_weight=[1, 2, 0]), "above 0"),
         (lambda d, y: Penalty(0.0), "must penalise"),
         (lambda d, y: Penalty(-1.0), "0 or more"),
     ],

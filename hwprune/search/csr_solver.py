@@ -21,7 +21,7 @@ Rows first, then class blocks, is the proximal step of both penalties together; 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -109,6 +109,7 @@ def solve(
     *,
     labels: Tensor | None = None,
     row_weight: Tensor | None = None,
+    sensor_weight: Sequence[float] | None = None,
     method: Solver = "fista",
     exact: bool = False,
     start: Tensor | None = None,
@@ -124,6 +125,9 @@ def solve(
     Args:
         dictionaries: D^m [n_m, P]. signals: Y^m [n_m, T_m]. Both in float64 where optimality is to be proven.
         labels: [P] class of each atom, for ``penalty.blocks``. row_weight: [P], r; ones by default.
+        sensor_weight: [M], w; ones by default. What sensor m leaves unexplained counts w_m times, ½ w_m ‖·‖², as if
+            D^m and Y^m were √w_m times as large; so do L^m and E^m within their penalties, which else would take in
+            place of a heavy sensor's code what that sensor has to say.
         exact: the model with a constraint, which only ``ladmm`` solves.
         start: A to begin with.
         rho: penalty of the splitting; by default a tenth of max σ² for ``admm``, and 1 for ``ladmm``.
@@ -140,15 +144,17 @@ def solve(
         raise InvalidInput(f"{method} solves the noisy model; the exact one needs method='ladmm'")
     if step <= 0 or iterations < 1 or (rho is not None and rho <= 0):
         raise InvalidInput(f"step={step}, iterations={iterations} and rho={rho} must be positive")
-    problem = _Problem(dictionaries, signals, penalty, labels, row_weight, exact)
+    problem = _Problem(dictionaries, signals, penalty, labels, row_weight, exact, sensor_weight)
     if start is not None and start.shape != (problem.atoms, problem.signal.shape[1]):
         raise InvalidInput(f"start has shape {tuple(start.shape)}; it needs {(problem.atoms, problem.signal.shape[1])}")
     rows = problem.zeros() if start is None else start.clone()
     if method == "fista":
-        return _fista(problem, rows, iterations, tolerance)
-    if method == "admm":
-        return _admm(problem, rows, rho or 0.1 * problem.lipschitz, iterations, tolerance)
-    return _ladmm(problem, rows, rho or 1.0, step, iterations, tolerance)
+        code = _fista(problem, rows, iterations, tolerance)
+    elif method == "admm":
+        code = _admm(problem, rows, rho or 0.1 * problem.lipschitz, iterations, tolerance)
+    else:
+        code = _ladmm(problem, rows, rho or 1.0, step, iterations, tolerance)
+    return replace(code, low_rank=code.low_rank / problem.roots, noise=code.noise / problem.roots)
 
 
 def largest_rows(dictionaries: Sequence[Tensor], signals: Sequence[Tensor], row_weight: Tensor | None = None) -> float:
@@ -279,6 +285,7 @@ class _Problem:
         labels: Tensor | None,
         row_weight: Tensor | None,
         exact: bool,
+        sensor_weight: Sequence[float] | None = None,
     ) -> None:
         if not dictionaries or len(dictionaries) != len(signals):
             raise InvalidInput(f"{len(dictionaries)} dictionaries and {len(signals)} signals; give as many, at least 1")
@@ -291,14 +298,19 @@ class _Problem:
                 )
         if penalty.blocks and (labels is None or labels.shape != (atoms,)):
             raise InvalidInput(f"penalty.blocks needs labels of shape ({atoms},)")
+        trust = [1.0] * len(signals) if sensor_weight is None else list(sensor_weight)
+        if len(trust) != len(signals) or not all(0 < w < math.inf for w in trust):
+            raise InvalidInput(f"sensor_weight={trust} needs a finite number above 0 for each of {len(signals)}")
         features = [d.shape[0] for d in dictionaries]
         self.penalty, self.labels, self.exact, self.atoms = penalty, labels, exact, atoms
         self.weight: Tensor | float = 1.0 if row_weight is None else row_weight
-        self.dictionaries = [_padded(d, max(features)) for d in dictionaries]
-        self.signal = torch.cat([_padded(y, max(features)) for y in signals], 1)  # [n, ΣT]
         self.segments = [y.shape[1] for y in signals]
+        roots = torch.tensor(trust, dtype=signals[0].dtype, device=signals[0].device).sqrt()  # [M]
+        self.roots = roots.repeat_interleave(torch.tensor(self.segments, device=roots.device))  # [ΣT]
+        self.dictionaries = [root * _padded(d, max(features)) for root, d in zip(roots, dictionaries, strict=True)]
+        self.signal = torch.cat([_padded(y, max(features)) for y in signals], 1) * self.roots  # [n, ΣT]
         self.joint = len(set(features)) == 1
-        self.lipschitz = max(float(torch.linalg.matrix_norm(d, 2)) ** 2 for d in dictionaries)
+        self.lipschitz = max(float(torch.linalg.matrix_norm(d, 2)) ** 2 for d in self.dictionaries)
 
     def zeros(self) -> Tensor:
         """A without any atom. [P, ΣT]"""
