@@ -320,6 +320,7 @@ class Pruning:
             calibration=calibration,
             loss_fn=loss_fn,
             program=self.program,
+            target=self.target,
         ) as search:
             yield search
         self._keep_found(search, controller)
@@ -412,6 +413,7 @@ class Pruning:
             "frontier": [dict(row) for row in self.goal.frontier],
             "rounds": [dict(row) for row in self.plan.rounds],
             "columns": self.plan.columns and {**self.plan.columns, "deployed": self.plan.deploys_columns},
+            "notes": [*(self.found.notes if self.found else ()), *self._column_note()],
             "wall_s": self.run.wall(),
             "target": {
                 "description": self.target.describe(),
@@ -460,7 +462,7 @@ class Pruning:
             rounds=self.plan.rounds,
             notes=[
                 *([f"{f.parameter} dim {f.dim} stays whole: {f.reason}" for f in self.program.groups.frozen]),
-                *self._column_note(),
+                *result["notes"],
             ],
         )
         report.write(self.folder / "report.html", page)
@@ -564,7 +566,11 @@ class Pruning:
         if self.budget.unit == "flops":  # exact as allocated: nothing to correct
             chosen = self._allocate(self._cost_limit())
             self.say(f"allocated: {chosen}")
-            return Plan(chosen.widths, float(latency.predict(chosen.widths)), None, None, (_proof(chosen),))
+            keep = keep_top(groups, chosen.widths, found.ranking.numpy())
+            smaller = self._with_columns(keep)
+            raced = self._column_times(*self._race([resize(self.program, keep), *smaller])) if smaller else None
+            predicted = float(latency.predict(chosen.widths))
+            return Plan(chosen.widths, predicted, None, None, (_proof(chosen),), raced)
         most = float(cost.dense)
         if not self.method.fills_budget:  # what the search found is a limit as well
             rounded = np.rint(found.widths.numpy()).astype(np.int64).clip(cost.least, groups.widths)
@@ -581,18 +587,12 @@ class Pruning:
             seen.add(widths.tobytes())
             keep = keep_top(groups, widths, found.ranking.numpy())
             modules: list[nn.Module] = [self.program.module, resize(self.program, keep)]
-            if found.columns and (columns is None or _pays(columns)):
+            if columns is None or _pays(columns):
                 modules += self._with_columns(keep)
             dense, pruned, *others = self._race(modules)
             if others:
-                columns = columns or {"without_ms": pruned.median_ms, "with_ms": others[0].median_ms}
-                if _pays(columns):
-                    pruned = others[0]
-                else:
-                    self.say(
-                        f"pruned columns do not pay on {self.target.describe()}: {columns['with_ms']:.4g} ms with them "
-                        f"and {columns['without_ms']:.4g} ms without; channels alone are cut"
-                    )
+                columns = columns or self._column_times(pruned, others[0])
+                pruned = others[0] if _pays(columns) else pruned
             limit = self.goal.limit_ms(dense.median_ms)
             assert limit is not None
             used, predicted = pruned.median_ms / limit, float(latency.predict(widths))
@@ -610,14 +610,26 @@ class Pruning:
         return replace(best, rounds=tried[-1].rounds, columns=columns)
 
     def _with_columns(self, keep: NDArray[np.bool_]) -> list[nn.Module]:
-        """The cut network whose convolutions compute only the columns that the search has left; none where the module's
-        own forward cannot follow the cut."""
+        """The cut network whose convolutions compute only the columns that the search has left; none where it has left
+        all, the runtime does not know such convolutions, or the module's own forward cannot follow the cut."""
         assert self.found is not None
+        if not self.found.columns or not self.target.runs_own_operators:
+            return []
         smaller = cut(self.model, self.program, keep)
         if smaller.kind != "module":
             return []
-        prune_columns_(smaller.module, self.found.columns or {}, self.program.groups, keep)
+        prune_columns_(smaller.module, self.found.columns, self.program.groups, keep)
         return [smaller.module.eval()]
+
+    def _column_times(self, without: Sample, used: Sample) -> dict[str, float]:
+        """What pruned columns were measured to save at equal widths, said where that is too little."""
+        columns = {"without_ms": without.median_ms, "with_ms": used.median_ms}
+        if not _pays(columns):
+            self.say(
+                f"pruned columns do not pay on {self.target.describe()}: {columns['with_ms']:.4g} ms with them and "
+                f"{columns['without_ms']:.4g} ms without; channels alone are cut"
+            )
+        return columns
 
     def _allocate(self, limit: float) -> Allocation:
         """Widths within `limit`, in the unit of the cost that guides the search, from what was found."""
@@ -665,6 +677,7 @@ class Pruning:
             columns or None,
             record.get("removes_blocks", False),
             record.get("accuracy_floor"),
+            tuple(record.get("notes", ())),
         )
         weights = {key.removeprefix("model."): value for key, value in stored.items() if key.startswith("model.")}
         self.model.load_state_dict(weights)
@@ -685,7 +698,7 @@ class Pruning:
             state["value"] = found.value
         state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
         kind = {"removes_blocks": found.removes_blocks, "accuracy_floor": found.accuracy_floor}
-        self.run.finish("search", state, log=_thin(log), **kind)
+        self.run.finish("search", state, log=_thin(log), notes=list(found.notes), **kind)
 
 
 class _Widths:

@@ -138,6 +138,14 @@ def groups_of(model, example):
     return groups.names, groups.widths.tolist()
 
 
+def test_what_a_method_has_to_say_stands_in_result_and_report(data, example, table, tmp_path):
+    run = {"method": "ss_auto", "dense_epochs": 0, "search_epochs": 1, "epochs": 0, "out": tmp_path}
+    first = prune(data, example, table, **run).result
+    assert first["notes"] and first["notes"][0].startswith("columns pay in ")
+    assert first["notes"][0] in (tmp_path / "report.html").read_text()
+    assert prune(data, example, table, resume=True, **run).result["notes"] == first["notes"]
+
+
 class Interrupted:
     """Training data during which Ctrl-C is pressed after so many batches."""
 

@@ -13,7 +13,7 @@ from hwprune.budget import BudgetController
 from hwprune.data import load_data
 from hwprune.errors import InvalidInput
 from hwprune.graph import cut, keep_top, trace
-from hwprune.latency import flops_model
+from hwprune.latency import Target, flops_model
 from hwprune.models import load_model
 from hwprune.nn import prune_columns_
 from hwprune.search import Search, search
@@ -287,8 +287,29 @@ def test_the_first_batch_shows_whether_columns_pay(pretrained):
 
 
 def test_the_probe_times_a_convolution():
-    plain_ms, half, most = column_times(nn.Conv2d(8, 8, 3, 2, padding=1), (64, 8, 9, 9), torch.device("cpu"), rounds=2)
+    plain_ms, half, most = column_times(nn.Conv2d(8, 8, 3, 2, padding=1), (64, 8, 9, 9), Target(), rounds=2)
     assert plain_ms > 0 and half > 0 and most > 0
+
+
+@pytest.mark.parametrize(
+    "half, verdict", [(1.2, "pay in no convolution, and are tied"), (0.6, "pay in 3 of 3 convolutions")]
+)
+def test_columns_are_timed_for_the_target_and_the_report_is_told(pretrained, monkeypatch, half, verdict):
+    asked = []
+
+    def answer(conv, shape, target, rounds=5):
+        asked.append((shape[0], target))
+        return 1.0, half, half
+
+    monkeypatch.setattr("hwprune.search.ss_auto.column_times", answer)
+    target = Target(threads=2)
+    model, run = start(pretrained, 0.6, steps=20, program=pretrained[1], target=target)
+    with run:
+        train(model, 20, run)
+    batch = pretrained[1].example_inputs[0].shape[0]
+    assert asked and all(each == (batch, target) for each in asked)
+    (note,) = run.result().notes
+    assert verdict in note and "2 threads" in note and f"{half:.2f} times" in note
 
 
 def test_without_steps_the_least_channels_go(pretrained):

@@ -104,6 +104,11 @@ class Target:
         return self.device.startswith("cuda")
 
     @property
+    def runs_own_operators(self) -> bool:
+        """Whether the runtime calls operators of this package; an exported graph has those of its format alone."""
+        return self.runtime != "onnxruntime"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of weights and floating inputs."""
         return DTYPES[self.dtype]

@@ -23,7 +23,7 @@ from hwprune.allocator import Allocation, allocate
 from hwprune.budget import BudgetController
 from hwprune.errors import InvalidInput
 from hwprune.graph import Follower, Groups, Program
-from hwprune.latency import CostModel
+from hwprune.latency import CostModel, Target
 from hwprune.nn import Masked, batch_statistics, mask_
 from hwprune.train import LossFn, Recipe, begin_epoch, fit
 
@@ -125,6 +125,8 @@ class Context:
         maximum: [G] int64, the greatest; equal to ``minimum`` for groups pinned by the user.
         held_out: batches beside those that train the weights; of training images where the user gave no others, and
             ``None`` where there are none either.
+        program: what ``groups`` come from, with example inputs of the batch that counts; ``None`` where none was given.
+        target: where the network will run.
     """
 
     model: nn.Module
@@ -138,6 +140,8 @@ class Context:
     minimum: NDArray[np.int64]
     maximum: NDArray[np.int64]
     held_out: HeldOut | None = None
+    program: Program | None = None
+    target: Target = field(default_factory=Target)
 
     @property
     def pinned(self) -> dict[int, int]:
@@ -224,6 +228,10 @@ class Method(ABC):
         depends on :func:`hwprune.nn.prune_columns_` being used. ``None`` where columns are not pruned.
         """
         return None
+
+    def notes(self) -> list[str]:
+        """Sentences for the report: what a user should know of the search beside its figures."""
+        return []
 
     def within_budget(self, budget: float | None = None) -> Tensor:
         """What :meth:`allocate` makes of :meth:`ranking` and :meth:`values` at a budget, by default the search's. [G]
@@ -492,7 +500,7 @@ class SearchResult:
 
     widths: [G] float64, before rounding. ranking: [ΣC] float32, see :meth:`Method.ranking`. log: the history, one dict
     per recorded step. value: [ΣC] float64 or None, see :meth:`Method.values`. columns: see :meth:`Method.columns`.
-    removes_blocks, accuracy_floor: see :class:`Method`.
+    removes_blocks, accuracy_floor: see :class:`Method`. notes: see :meth:`Method.notes`.
     """
 
     widths: Tensor
@@ -502,6 +510,7 @@ class SearchResult:
     columns: Mapping[str, Tensor] | None = None
     removes_blocks: bool = False
     accuracy_floor: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Search:
@@ -527,7 +536,8 @@ class Search:
             go. pinned: group index -> width that it must have.
         held_out: batches ``(inputs, targets)`` that the weights do not train on, for methods that use such; ``loss_fn``
             is their loss. calibration: batches of training images that stand in for them.
-        program: what ``groups`` come from, for methods that leave masked channels out of the computation.
+        program: what ``groups`` come from, for methods that leave masked channels out of the computation, or time parts
+            of it on ``target``.
         log_every: a row of ``history`` is recorded at multiples of this step.
     """
 
@@ -548,6 +558,7 @@ class Search:
         calibration: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
         program: Program | None = None,
+        target: Target | None = None,
         log_every: int = 20,
     ) -> None:
         self.method = create(method, **(options or {})) if isinstance(method, str) else method
@@ -567,7 +578,19 @@ class Search:
         images = calibration if held_out is None else held_out
         beside = None if images is None else HeldOut(self._masked, images, loss_fn, apart=held_out is not None)
         self.context = Context(
-            model, self._masked, groups, cost, controller, steps, generator, device, lowest, highest, beside
+            model,
+            self._masked,
+            groups,
+            cost,
+            controller,
+            steps,
+            generator,
+            device,
+            lowest,
+            highest,
+            beside,
+            program,
+            target or Target(),
         )
         try:
             self.method.setup(self.context)
@@ -637,6 +660,7 @@ class Search:
             self.method.columns(),
             self.method.removes_blocks,
             self.method.accuracy_floor,
+            tuple(self.method.notes()),
         )
 
     def close(self) -> None:
@@ -669,6 +693,7 @@ def search(
     pinned: Mapping[int, int] | None = None,
     held_out: Iterable[Any] | None = None,
     program: Program | None = None,
+    target: Target | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -677,7 +702,7 @@ def search(
 
     Args:
         budget: in the unit of ``cost``; it is approached linearly over the first half of the steps.
-        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length. held_out, program: see
+        loader: batches as :func:`hwprune.train.fit` takes them; it must have a length. held_out, program, target: see
             :class:`Search`.
         checkpoint, resume: a file that continues an interrupted search, weights and optimiser included.
 
@@ -700,6 +725,7 @@ def search(
         held_out=held_out,
         loss_fn=loss_fn,
         program=program,
+        target=target,
     ) as session:
         fit(
             model,

@@ -58,7 +58,6 @@ _GAMMA = 2.0  # of the firm threshold: from γτ on, a norm is left alone
 _EPSILON = 0.1  # beside the squared norm in the weights of the reweighted form, for norms around 1
 _LEAST = 1e-12
 _PAYS = 0.95  # of the plain time, which half of the columns may take at most
-_PROBE_IMAGES = 32  # of the batch that a probe runs on
 
 
 class SSAuto(Method):
@@ -109,7 +108,7 @@ class SSAuto(Method):
         self._owner = torch.from_numpy(np.repeat(np.arange(len(groups)), groups.widths)).to(device)  # [ΣC]
         self._least = torch.from_numpy(context.minimum).to(device)  # [G]
         self._most = torch.from_numpy(context.maximum).to(device)
-        self._convs = _Convolutions(context.model, groups, device, enabled=self.column_choice != "off")
+        self._convs = _Convolutions(context, enabled=self.column_choice != "off")
         self._row_limits = torch.zeros(groups.total, device=device)  # [ΣC] thresholds of the norms
         self._column_limits = torch.zeros(self._convs.total, device=device)  # [ΣK]
         self.rows = torch.ones(groups.total, dtype=torch.bool, device=device)  # R_c is not 0
@@ -165,6 +164,9 @@ class SSAuto(Method):
         kept = self.kept_columns | ~self._convs.read(self.rows)  # a channel that is gone takes its columns along
         found = {name: part.cpu() for name, part in self._convs.by_name(kept) if not bool(part.all())}
         return found or None
+
+    def notes(self) -> list[str]:
+        return self._convs.notes()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -327,7 +329,11 @@ class _Convolutions:
     ``total`` is ΣK. ``priced`` says whether it is known what columns save.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, device: torch.device, enabled: bool) -> None:
+    def __init__(self, context: Context, enabled: bool) -> None:
+        model, groups, device = context.model, context.groups, context.device
+        self._target = context.target
+        # The batch whose latency counts; without a program, that of the first training step.
+        self._batch = None if context.program is None else context.program.example_inputs[0].shape[0]
         found: dict[str, nn.Conv2d] = {}
         for path, module in model.named_modules():
             numeric = isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
@@ -384,13 +390,28 @@ class _Convolutions:
                 continue
             key = (shape, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
             if key not in known:
-                known[key] = column_times(conv, shape, self._device)
+                known[key] = column_times(conv, (self._batch or shape[0], *shape[1:]), self._target)
             plain_ms, half, most = known[key]
             work[index] = plain_ms
             self._times[index] = torch.tensor([half, most], device=self._device)
             self._effect[index] = 2 * (1 - half) if half <= _PAYS else 0.0
-        self._timed = choice == "auto"
+        self._timed = choice == "auto" and bool(work.any())
         self._share = work / work.sum().clamp_min(_LEAST)
+
+    def notes(self) -> list[str]:
+        """What was found of columns, where they were timed."""
+        if not self._timed:
+            return []
+        pay, (half, most) = int((self._effect > 0).sum()), self._times.median(0).values.tolist()
+        verdict = (
+            f"pay in {pay} of {len(self.names)} convolutions"
+            if pay
+            else "pay in no convolution, and are tied to channels"
+        )
+        return [
+            f"columns {verdict} on {self._target.describe()}: half of them take {half:.2f} times what the plain "
+            f"convolution takes, three quarters {most:.2f} times (medians)"
+        ]
 
     def norms(self) -> Tensor:
         """Norms relative to the root mean square over the convolution. [ΣK]"""
@@ -479,13 +500,14 @@ class _Convolutions:
 
 
 def column_times(
-    conv: nn.Conv2d, shape: tuple[int, ...], device: torch.device, rounds: int = 5
+    conv: nn.Conv2d, shape: tuple[int, ...], target: Target, rounds: int = 5
 ) -> tuple[float, float, float]:
     """Milliseconds of a convolution on an input of ``shape`` [N, Cin, H, W], and the time that half and that three
-    quarters of its columns take beside it.
+    quarters of its columns take beside it: on the target's device, threads, number format and layout, called eagerly.
 
-    The three take turns, so that a busy machine slows all of them alike. At most 32 images are used.
+    The three take turns, so that a busy machine slows all of them alike.
     """
+    placed = {"device": target.device, "dtype": target.torch_dtype}
     plain = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
@@ -494,14 +516,14 @@ def column_times(
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
         bias=conv.bias is not None,
-        device=device,
+        **placed,
     ).requires_grad_(False)
     count = plain.weight[0].numel()
     order = np.random.default_rng(0).permutation(count)
     parts = [np.sort(order[: max(1, round(part * count))]) for part in (0.5, 0.75)]
     contenders = [plain, *(ColumnPrunedConv2d.from_conv(plain, torch.from_numpy(part)) for part in parts)]
-    target = Target(device=str(device))
-    x = torch.zeros(min(shape[0], _PROBE_IMAGES), *shape[1:], device=device)
+    layout = torch.channels_last if target.memory_format == "channels_last" else torch.contiguous_format
+    x = torch.zeros(shape, **placed).contiguous(memory_format=layout)
     with torch.no_grad(), settings(target):
         blocks = [[np.median(time_runs(run, (x,), target, 3, warmup=1)) for run in contenders] for _ in range(rounds)]
     times: NDArray[np.float64] = np.array(blocks)  # [rounds, 3]
