@@ -507,7 +507,6 @@ def column_times(
 
     The three take turns, so that a busy machine slows all of them alike.
     """
-    placed = {"device": target.device, "dtype": target.torch_dtype}
     plain = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
@@ -516,14 +515,15 @@ def column_times(
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
         bias=conv.bias is not None,
-        **placed,
+        device=target.device,
+        dtype=target.torch_dtype,
     ).requires_grad_(False)
     count = plain.weight[0].numel()
     order = np.random.default_rng(0).permutation(count)
     parts = [np.sort(order[: max(1, round(part * count))]) for part in (0.5, 0.75)]
     contenders = [plain, *(ColumnPrunedConv2d.from_conv(plain, torch.from_numpy(part)) for part in parts)]
     layout = torch.channels_last if target.memory_format == "channels_last" else torch.contiguous_format
-    x = torch.zeros(shape, **placed).contiguous(memory_format=layout)
+    x = torch.zeros(shape, device=target.device, dtype=target.torch_dtype).contiguous(memory_format=layout)
     with torch.no_grad(), settings(target):
         blocks = [[np.median(time_runs(run, (x,), target, 3, warmup=1)) for run in contenders] for _ in range(rounds)]
     times: NDArray[np.float64] = np.array(blocks)  # [rounds, 3]
