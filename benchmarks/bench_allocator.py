@@ -12,13 +12,13 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
 from bench_latency import load_program
+from measuring import commit
 
 from hwprune.allocator import Allocation, _Problem, allocate, values_from_ranking
 from hwprune.graph import Program, segments
@@ -66,9 +66,7 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "scipy": scipy.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "time_limit_s": args.time_limit,
     }
     RESULTS.parent.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import platform
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import commit
 from torch import nn
 
 from hwprune.data import Data, load_data
@@ -53,8 +53,6 @@ def main() -> None:
     run = torch_pruning if args.method == "torch-pruning" else ours
     row = run(args, model, example, data, target, recipe)
     flow_s = time.perf_counter() - start
-    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True)
     row = {
         "wall_s": {"total": flow_s},
         "name": name,
@@ -68,7 +66,7 @@ def main() -> None:
         "seed": args.seed,
         "budget": args.budget,
         "flow_s": flow_s,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else results
     results["context"] = {**fingerprint(target), "machine": platform.machine()}

@@ -16,7 +16,6 @@ replaces the one of the same name.
 import argparse
 import json
 import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import commit
 from torch import Tensor
 
 from hwprune.graph import Program, keep_first, resize, trace
@@ -242,16 +242,15 @@ def store(file: str, rows: list[dict[str, Any]]) -> None:
     path = RESULTS / file
     stored = json.loads(path.read_text()) if path.exists() else {"context": {}, "rows": []}
     names = {row["name"] for row in rows}
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    commit = head.stdout.strip()
+    made_by = commit()
     context = {
         **fingerprint(Target()),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "commit": commit,
+        "commit": made_by,
     }
     for row in rows:
-        row["commit"] = commit
+        row["commit"] = made_by
     kept = [row for row in stored["rows"] if row["name"] not in names]
     path.parent.mkdir(exist_ok=True)
     lines = ",\n  ".join(json.dumps(row) for row in sorted([*kept, *rows], key=lambda row: row["name"]))

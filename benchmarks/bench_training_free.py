@@ -11,12 +11,12 @@ continued where a run was killed. About five minutes for resnet20.
 import argparse
 import json
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import commit
 
 from hwprune.data import load_data
 from hwprune.latency import Target, fingerprint
@@ -88,9 +88,7 @@ def stored() -> dict[str, Any]:
 def keep(name: str, args: argparse.Namespace, budget: str, choice: str, row: dict[str, Any]) -> None:
     """Add a row to the file of results."""
     results = stored()
-    git = ["git", "-C", str(RESULTS.parent.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    results["context"] = {**fingerprint(Target(threads=1)), "machine": platform.machine(), "commit": commit}
+    results["context"] = {**fingerprint(Target(threads=1)), "machine": platform.machine(), "commit": commit()}
     given = {"model": args.model, "batch": args.batch, "budget": budget, "method": choice, "seed": args.seed}
     results["rows"].append({"name": name, "data": args.note or args.data.split(":")[0], **given, **row})
     RESULTS.parent.mkdir(exist_ok=True)

@@ -46,6 +46,12 @@ app = typer.Typer(
 _MODELS = "resnet20, vgg16_bn, torchvision:NAME, timm:NAME or package.module:function"
 
 ModelSpec = Annotated[str, typer.Argument(metavar="MODEL", help=_MODELS)]
+DataSpec = Annotated[
+    str,
+    typer.Option(
+        help="digits, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, folder:PATH or package.module:function"
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help="A safetensors file, or one that torch.load(weights_only) reads.")]
 Classes = Annotated[int, typer.Option(help="Number of logits.")]
 Inputs = Annotated[
@@ -238,12 +244,7 @@ def profile(
 @_command
 def prune(
     model: Annotated[str, typer.Option(help=_MODELS)],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, folder:PATH or package.module:function"
-        ),
-    ],
+    data: DataSpec,
     budget: Annotated[str, typer.Option(help="2.4ms, 50% (of the dense latency) or 50%flops")] = "50%",
     weights: Weights = None,
     method: Annotated[
@@ -364,12 +365,7 @@ def prune(
 @_command
 def compare(
     model: ModelSpec,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, cifar10:PATH, cifar100:PATH, fashion-mnist:PATH, folder:PATH or package.module:function"
-        ),
-    ],
+    data: DataSpec,
     methods: Annotated[
         str,
         typer.Option(
