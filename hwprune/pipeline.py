@@ -35,7 +35,7 @@ from hwprune.latency import profile as profile_program
 from hwprune.nn import mask_, match_scales_, prune_columns_
 from hwprune.refit import refit_
 from hwprune.search import DEFAULT_METHOD, Method, Search, SearchResult, create, method_class
-from hwprune.train import LossFn, Recipe, evaluate, fit, recalibrate
+from hwprune.train import LossFn, Recipe, epoch_length, evaluate, fit, recalibrate
 
 LAUNCH_BOUND = 0.8  # floor / dense above which widths no longer buy time
 LEAST_USE = 0.93  # of the budget; a network that measures less is grown again
@@ -166,6 +166,7 @@ def prune(
     chosen = create(method, **(options or {}))  # an unknown method or option is said before anything is measured
     moved = 0 if chosen.searches else search_epochs
     search_epochs, epochs = search_epochs - moved, epochs + moved
+    epoch_length(train_loader)  # and so is a loader without batches
     recipe = replace(recipe or Recipe(), seed=seed)
     work = Pruning(
         model,
@@ -545,7 +546,7 @@ class Pruning:
             if budget <= floor or budget * self.latency.dense < self.latency.floor:
                 return
             limit = budget * self.latency.dense
-            widths = allocate(self.latency, values, limit, time_limit_s=1, **self._fixed).widths
+            widths = allocate(self.latency, values, limit, time_limit_s=1, relative_gap=1e-2, **self._fixed).widths
             yield {
                 "budget": budget,
                 "channels": float(widths.sum() / groups.widths.sum()),
@@ -800,7 +801,7 @@ class _Trainer:
         work = self.work
         if work.restore_search(method):
             return
-        steps = epochs * len(self.train_loader)  # type: ignore[arg-type]
+        steps = epochs * epoch_length(self.train_loader)
         with (
             self.run.phase("search"),
             work.search(

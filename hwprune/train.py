@@ -226,7 +226,7 @@ class _Run:
         self.loader = loader = _to_device(loader, self.device)
         if self.processes > 1 and hasattr(loader, "shard"):
             loader.shard(self.rank, self.processes)
-        self.steps_per_epoch = _length(loader)
+        self.steps_per_epoch = epoch_length(loader)
         self.steps = self.steps_per_epoch * recipe.epochs
         self.loss_fn = loss_fn or _cross_entropy(recipe.label_smoothing)
         self.model = self.forward = model
@@ -471,6 +471,23 @@ class _Run:
         _set_rng_state(content["rng"][self.rank], self.device)
 
 
+def epoch_length(loader: Loader) -> int:
+    """Batches in an epoch.
+
+    Raises:
+        InvalidInput: the loader has no length, or is empty.
+    """
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InvalidInput(
+            "the loader has no length, and the schedule needs the number of batches in an epoch; give it __len__"
+        ) from error
+    if not length:
+        raise InvalidInput("the training loader is empty; is the batch larger than the data set?")
+    return length
+
+
 def begin_epoch(loader: Loader, epoch: int) -> None:
     """Tell a loader, or its sampler, which epoch it is iterated for next; those that do not ask are left alone."""
     set_epoch = getattr(loader, "set_epoch", None) or getattr(getattr(loader, "sampler", None), "set_epoch", None)
@@ -593,18 +610,6 @@ def _processes(device: torch.device) -> tuple[int, int]:
         dist.init_process_group(dist.get_default_backend_for_device(device))
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
-
-
-def _length(loader: Loader) -> int:
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InvalidInput(
-            "the loader has no length, and the schedule needs the number of batches in an epoch; give it __len__"
-        ) from error
-    if not length:
-        raise InvalidInput("the training loader is empty; is the batch larger than the data set?")
-    return length
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -58,6 +58,14 @@ def _reproducible():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def short_turns():
+    """Networks take short turns where a pipeline measures them: no test of one is decided by a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hwprune.pipeline.TURN_S", 0.01)
+        yield
+
+
 @pytest.fixture
 def poisoned():
     """torch.empty and its kin return NaN: an operator that leaves an element unwritten is found out."""

@@ -18,6 +18,8 @@ from hwprune import pipeline
 from hwprune.cli import main
 from hwprune.models import load_model
 
+pytestmark = pytest.mark.usefixtures("short_turns")
+
 SMALL = {"subset": 320, "train-batch": 64, "batch": 64, "lr": 0.05, "profile-seconds": 1}
 SHORT = {"dense-epochs": 1, "search-epochs": 1, "epochs": 1}
 OPTIONS = {"model": "resnet8", "data": "digits", **SMALL, **SHORT}

@@ -19,6 +19,8 @@ from hwprune.latency import Target
 from hwprune.models import load_model
 from hwprune.train import Recipe
 
+pytestmark = pytest.mark.usefixtures("short_turns")
+
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = "50%flops"  # what no clock decides
 
