@@ -296,6 +296,26 @@ def test_the_pick_is_the_best_network_within_the_budget():
     assert ratios[1] > ratios[2]
 
 
+def test_the_pick_among_the_options_is_the_best_of_their_enumeration():
+    model, program = network()
+    run = start(model, program, 0.5, pick="options", options=4, last=2)
+    method, cost = run.method, run.context.cost
+    wish = np.array([1.0, 4.0, 0.3])
+    method._choices.merit = np.where(method._choices.alive, wish[:, None] * np.log(method._table), -np.inf)
+    for limit in (3, 2):
+        method._delete(limit)
+    method._pick()
+    left = [np.flatnonzero(row) for row in method._choices.alive]
+    worth = {
+        tuple(method._table[g, k] for g, k in enumerate(network)): sum(
+            method._choices.merit[g, k] for g, k in enumerate(network)
+        )
+        for network in itertools.product(*left)
+    }
+    fits = {widths: value for widths, value in worth.items() if cost.price(np.array(widths)) <= 0.5 * cost.dense}
+    assert len(worth) == 8 and tuple(method.widths().int().tolist()) == max(fits, key=fits.get)
+
+
 # -- the search
 
 

@@ -16,7 +16,8 @@ would win every comparison. An option is not deleted if the rest could no longer
 
 From the paper and the authors' code: sampling without replacement with θ left out of it, credit by softmax(100 V) of
 the accuracies V in 0..1 averaged over the repeats, θ <- E + θ/2, one deletion per choice and round, a last step that
-maximises an additive score under constraints. Theirs there is an enumeration; here it is the exact allocator.
+maximises an additive score under constraints. Theirs there is an enumeration of the options that are left; here it is
+the exact allocator over all widths, between the options by a fit, unless the paper's is asked for.
 Reconstruction, as no code for it was released: latency in the odds, the guard, the slices of steps. Different on
 purpose: the trend of accuracies while the weights train is taken out; and credit is given by ridge regression unless
 the paper's is asked for. On made additive accuracies, options a point apart, 8 of them and 3 repeats (mean of 20), the
@@ -49,11 +50,13 @@ from hwprune.search.base import Context, Method, create, expect_network, shares
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Credit = Literal["ridge", "softmax"]
+Pick = Literal["widths", "options"]
 
 _SHARPNESS = 100.0  # one point of accuracy is a factor e in the odds
 _DECAY = 0.5  # of the odds of earlier rounds, with credit by softmax
 _PENALTIES = np.geomspace(1e-4, 1e2, 25)  # of the ridge, in units of the largest squared singular value
 _SLACK = 0.75  # of the budget: the smallest options together cost at most that
+_ABSENT = 100.0  # times the range of all merits: what a width loses that may not be picked
 _LEAST_SLOPE = 0.1  # of merit by the logarithm of the width, in a group of mean cost: at equal scores, wider is better
 
 
@@ -70,6 +73,8 @@ class DDPNAS(Method):
         credit: how accuracies are credited to options. "softmax" is the paper's. "ridge" is a regression on one-hot
             choices, a trend and the logarithm of the widths, over all rounds, its penalty by generalised cross
             validation.
+        pick: what the network that is handed over is chosen from: all "widths", or the "options" that are left in every
+            group, the paper's. (The latter may leave some of the budget unused.)
         kind: importance that decides which channels a width consists of, see :mod:`hwprune.importance`.
         around: refine this solution: the options are its widths and the ``reach`` next levels on either side. Integer
             widths, one per group, or the name of a search method, which is then given the ``first`` part of the steps
@@ -89,6 +94,7 @@ class DDPNAS(Method):
         part: float = 0.7,
         batches: int = 4,
         credit: Credit = "ridge",
+        pick: Pick = "widths",
         kind: Kind = "l2",
         around: str | Sequence[int] | None = None,
         reach: int = 2,
@@ -102,6 +108,7 @@ class DDPNAS(Method):
             "part": (part, 0 < part <= 1, "above 0 and at most 1"),
             "batches": (batches, batches >= 1, "1 or more"),
             "credit": (credit, credit in get_args(Credit), f"one of {', '.join(get_args(Credit))}"),
+            "pick": (pick, pick in get_args(Pick), f"one of {', '.join(get_args(Pick))}"),
             "kind": (kind, kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
             "around": (around, around != self.name, "widths, or the name of another method"),
             "reach": (reach, reach >= 1, "1 or more"),
@@ -111,7 +118,7 @@ class DDPNAS(Method):
             if not good:
                 raise InvalidInput(f"{name} is {given!r}; it must be {text}")
         self.options, self.repeats, self.last, self.part = options, repeats, last, part
-        self.batches, self.credit, self.kind, self.reach = batches, credit, kind, reach
+        self.batches, self.credit, self.pick, self.kind, self.reach = batches, credit, pick, kind, reach
         self.around, self.first = around, first
         self._inner = create(around, **(around_options or {})) if isinstance(around, str) else None
 
@@ -357,10 +364,11 @@ class DDPNAS(Method):
         """The network of highest summed worth within the budget, for the rest of the steps."""
         assert self._choices is not None
         self._choices.judge(self.repeats)
-        groups = self.context.groups
-        self._worth = worth_of_widths(
-            self._table, self._choices.counts, self._choices.merit, groups.widths, self._share
-        )
+        groups, choices = self.context.groups, self._choices
+        if self.pick == "widths":
+            self._worth = worth_of_widths(self._table, choices.counts, choices.merit, groups.widths, self._share)
+        else:
+            self._worth = worth_of_options(self._table, choices.alive, choices.merit, groups.offsets)
         self._rank()
         self._picked = True
         found = self.allocate(
@@ -394,7 +402,7 @@ class DDPNAS(Method):
         return torch.from_numpy(1.0 - self._ranks / len(self._ranks)).to(self.context.device, torch.float32)
 
     def values(self) -> Tensor | None:
-        """The merit of every width, between the options by a fit that rises ever more slowly; None until the pick."""
+        """The merit of every width, see :func:`worth_of_widths` and :func:`worth_of_options`; None until the pick."""
         return torch.from_numpy(self._worth) if self._picked else None
 
     # -- resuming
@@ -643,3 +651,12 @@ def worth_of_widths(options: Ints, counts: Ints, merit: Floats, full: Ints, shar
         below = steepest * np.log(np.minimum(place, widths[0]) / widths[0])
         parts.append(inside + part * (below + _LEAST_SLOPE * np.log(place / width)))
     return np.concatenate(parts)
+
+
+def worth_of_options(options: Ints, alive: NDArray[np.bool_], merit: Floats, offsets: Ints) -> Floats:
+    """The merits [G, K] of those ``options`` [G, K] that are ``alive``, at their widths; the others far below. [ΣC]"""
+    group, _ = np.nonzero(alive)
+    values = merit[alive]
+    worth = np.full(int(offsets[-1]), values.min() - _ABSENT * max(1.0, float(np.ptp(values))))
+    worth[offsets[group] + options[alive] - 1] = values
+    return worth
