@@ -2,6 +2,7 @@
 
     python benchmarks/bench_latency.py --model resnet20 --batch 1 32 --threads 1 2
     python benchmarks/bench_latency.py --model torchvision:resnet18 --pixels 128 --batch 1 --sampling context isolated
+    python benchmarks/bench_latency.py --model resnet20 --runtime onnxruntime
     python benchmarks/bench_latency.py --speed
 
 Each row of `results/latency_accuracy.json` is one model, batch, thread count and way of sampling: the program is
@@ -44,7 +45,7 @@ def main() -> None:
         for batch in args.batch:
             program = load_program(name, batch, args.pixels)
             for threads in args.threads:
-                target = Target(threads=threads, memory_format=args.memory_format)
+                target = Target(threads=threads, runtime=args.runtime, memory_format=args.memory_format)
                 store("latency_accuracy.json", accuracy(args, name, program, target))
 
 
@@ -54,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--runtime", default="eager", choices=["eager", "compile", "onnxruntime"])
     parser.add_argument("--memory-format", default="contiguous")
     parser.add_argument("--sampling", nargs="+", default=["context"], choices=["context", "isolated"])
     parser.add_argument("--seconds", type=float, help="time to profile; the default of hwprune.latency.profile")
@@ -86,6 +88,7 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
     walls: dict[str, float] = {}
     batch, pixels = program.example_inputs[0].shape[0], program.example_inputs[0].shape[-1]
     stem = f"{name.replace(':', '_')}-{pixels}px-b{batch}-t{target.threads}"
+    stem += "" if target.runtime == "eager" else f"-{target.runtime}"
     folder = args.tables or Path(tempfile.mkdtemp())
     for sampling in args.sampling:
         begin = time.perf_counter()

@@ -26,7 +26,8 @@ def main() -> None:
     latency = RESULTS / "latency_accuracy.json"
     if latency.exists():
         rows = json.loads(latency.read_text())["rows"]
-        draw_predictions([row for row in rows if row["sampling"] == "context"], RESULTS / "latency_accuracy.svg")
+        shown = [row for row in rows if row["sampling"] == "context" and row["target"]["runtime"] == "eager"]
+        draw_predictions(shown, RESULTS / "latency_accuracy.svg")
     for operators in RESULTS.glob("*/ops.json"):
         draw_operators(json.loads(operators.read_text())["rows"], operators.with_suffix(".svg"))
     cifar = RESULTS / "cifar10_cpu.json"
