@@ -285,6 +285,7 @@ class Pruning:
         self.dense: nn.Module | None = None
         self.method: type[Method] | None = None
         self.found: SearchResult | None = None
+        self.history: list[Mapping[str, Any]] = []  # rows of the loop that trained the search, for the report
 
     @contextmanager
     def search(
@@ -699,7 +700,8 @@ class Pruning:
             state["value"] = found.value
         state |= {f"columns.{name}": kept for name, kept in (found.columns or {}).items()}
         kind = {"removes_blocks": found.removes_blocks, "accuracy_floor": found.accuracy_floor}
-        self.run.finish("search", state, log=_thin(log), notes=list(found.notes), **kind)
+        rows = list(self.history)
+        self.run.finish("search", state, log=_thin(log), history=rows, notes=list(found.notes), **kind)
 
 
 class _Widths:
@@ -814,8 +816,7 @@ class _Trainer:
                 loss_fn=self.loss_fn,
             ) as hooks,
         ):
-            rows = self._fit("search", work.model, epochs, hooks=hooks, distill=0.0) if epochs else []
-        self.run.add("search", history=rows)
+            work.history = self._fit("search", work.model, epochs, hooks=hooks, distill=0.0) if epochs else []
 
     def fine_tune(self, module: nn.Module, epochs: int) -> None:
         """Adapt the BatchNorm statistics to the cut, then train with the dense model as teacher."""
@@ -943,11 +944,6 @@ class _Run:
                 plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
                 artifact.write_file(self._state / f"{name}.safetensors", to_safetensors(plain))
         self.done[name] = values
-        self._write()
-
-    def add(self, name: str, **values: Any) -> None:
-        """Add to the record of a finished phase."""
-        self.done[name].update(values)
         self._write()
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:

@@ -232,6 +232,22 @@ def test_an_interruption_anywhere_loses_nothing(data, example, table, tmp_path, 
     torch.testing.assert_close(dict(continued.module.state_dict()), dict(left_alone.module.state_dict()))
 
 
+def test_what_a_search_has_found_is_kept_with_the_curve_of_its_training(data, example, table, tmp_path, monkeypatch):
+    run = {"out": tmp_path / "run", "resume": True, **REFITTED, "epochs": 0}
+    kept = Pruning._keep_found
+
+    def then_killed(*args):
+        kept(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Pruning, "_keep_found", then_killed)
+        prune(data, example, table, **run)
+    prune(data, example, table, **run)
+    rows = json.loads((tmp_path / "run" / "state" / "run.json").read_text())["done"]["search"]["history"]
+    assert [row["phase"] for row in rows] == ["search"]
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Three layers, data of four steps an epoch, and a latency table: what a search of any method is quick on."""
