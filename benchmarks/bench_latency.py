@@ -10,8 +10,9 @@ profiled, then random width vectors that the profile did not see are measured en
 orders, the dense network beside each as the reference, whose level during the profile is the level of both. Errors are
 of the prediction against the mean of both measurements; the difference between the two is the machine's own.
 `machine_drift` is the dense network's time during the check over that during the profile: where it is not 1, the
-machine was slower or faster, and `median_error_undivided` is the error that is left when nothing is divided out. A row
-replaces the one of the same name.
+machine was slower or faster, and `median_error_undivided` is the error that is left when nothing is divided out. Where
+several ways of sampling are asked for, all are profiled before the check, the first the furthest from it in time; such
+rows are named apart. A row replaces the one of the same name.
 """
 
 import argparse
@@ -104,11 +105,11 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
     truth = measured.mean(0)
     rows = []
     for sampling, model in models.items():
-        predicted = model.predict(widths)
+        predicted = model.predict(widths) * level_ms / model.facts["reference_ms"]  # what the profiles saw as its level
         error = np.abs(predicted / truth - 1)
         uncalibrated = (predicted - model.offset) / model.scale * 1e-3 / truth
         row = {
-            "name": f"{stem}-{sampling}",
+            "name": f"{stem}-{sampling}" + ("-in-one-run" if len(models) > 1 else ""),
             "model": name, "pixels": pixels, "batch": batch, "threads": target.threads, "sampling": sampling,
             "target": target.as_dict(),
             "median_error": quantile(error, 0.5), "p95_error": quantile(error, 0.95), "max_error": quantile(error, 1),

@@ -26,7 +26,8 @@ def main() -> None:
     latency = RESULTS / "latency_accuracy.json"
     if latency.exists():
         rows = json.loads(latency.read_text())["rows"]
-        shown = [row for row in rows if row["sampling"] == "context" and row["target"]["runtime"] == "eager"]
+        eager = (row for row in rows if row["target"]["runtime"] == "eager")
+        shown = [row for row in eager if row["name"].endswith("-context")]
         draw_predictions(shown, RESULTS / "latency_accuracy.svg")
     for operators in RESULTS.glob("*/ops.json"):
         draw_operators(json.loads(operators.read_text())["rows"], operators.with_suffix(".svg"))
