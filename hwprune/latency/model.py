@@ -1,9 +1,9 @@
 """What a set of widths costs: tables on knots, summed in one gather, with a gradient for the search.
 
-A table holds a surface that was fitted to measured samples, on knots that were chosen where it bends; or a formula. There
-are two readings of it. `value` is for gradients: monotone, without plateaus (knots that buy nothing are left out, and
-the running maximum from small sizes is taken), linear in between. `price` is for decisions: the entry at the next knot
-up, as it stands. Neither leaves the hull of what was measured.
+A table holds a surface that was fitted to measured samples, on knots that were chosen where it bends; or a formula.
+There are two readings of it. `value` is for gradients: monotone, without plateaus (knots that buy nothing are left out,
+and the running maximum from small sizes is taken), linear in between. `price` is for decisions: the entry at the next
+knot up, as it stands. Neither leaves the hull of what was measured.
 """
 
 from collections.abc import Collection, Mapping, Sequence
