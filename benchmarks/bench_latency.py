@@ -105,9 +105,10 @@ def accuracy(args: argparse.Namespace, name: str, program: Program, target: Targ
     truth = measured.mean(0)
     rows = []
     for sampling, model in models.items():
-        predicted = model.predict(widths) * level_ms / model.facts["reference_ms"]  # what the profiles saw as its level
+        level = level_ms / model.facts["reference_ms"]  # profiles have seen the reference at levels of their own
+        predicted = model.predict(widths) * level
         error = np.abs(predicted / truth - 1)
-        uncalibrated = (predicted - model.offset) / model.scale * 1e-3 / truth
+        uncalibrated = (predicted / level - model.offset) / model.scale * 1e-3 * level / truth
         row = {
             "name": f"{stem}-{sampling}" + ("-in-one-run" if len(models) > 1 else ""),
             "model": name, "pixels": pixels, "batch": batch, "threads": target.threads, "sampling": sampling,

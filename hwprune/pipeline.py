@@ -163,10 +163,11 @@ def prune(
     Raises InvalidInput or InfeasibleBudget before any training when the budget cannot be met, UnsupportedModel when
     the model cannot be traced, TrainingDiverged, and BudgetMissed when the finished network measured above the budget.
     """
-    chosen = create(method, **(options or {}))  # an unknown method or option is said before anything is measured
+    # What cannot be searched with, or trained on, is said before anything is measured.
+    chosen = create(method, **(options or {}))
+    epoch_length(train_loader)
     moved = 0 if chosen.searches else search_epochs
     search_epochs, epochs = search_epochs - moved, epochs + moved
-    epoch_length(train_loader)  # and so is a loader without batches
     recipe = replace(recipe or Recipe(), seed=seed)
     work = Pruning(
         model,
