@@ -147,6 +147,7 @@ def test_what_is_used_of_a_budget_is_of_its_own_unit(finished):
         assert line["share_of_budget"] == pytest.approx(2 * row["flops"] / row["dense_flops"]) and line["met"] == 1
 
 
+@pytest.mark.source_tree
 def test_the_readme_shows_the_stored_comparison():
     rows = json.loads((ROOT / "benchmarks" / "results" / "leaderboard_cpu.json").read_text())["rows"]
     table = comparison.table(comparison.summary(rows))

@@ -54,6 +54,7 @@ SOURCES = [
 ]
 
 pytestmark = [
+    pytest.mark.source_tree,
     pytest.mark.skipif(sys.platform != "linux", reason="the fibers are made for Linux"),
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no C++ compiler {COMPILER}"),
     pytest.mark.usefixtures("poisoned"),
