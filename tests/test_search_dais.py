@@ -1,6 +1,7 @@
 """DAIS: indicators that anneal to what is left, learned on held-out batches, under a two-sided cost."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -83,13 +84,31 @@ def train(model, run, data=None, start=0, until=None):
 # -- the indicators
 
 
-def test_temperature_falls_log_linearly_and_is_held_at_the_end():
-    method = start(options={"temperature": (2.0, 0.02)})[1].method
-    assert method.temperature_at(0) == 2 and method.temperature_at(STEPS - 1) == pytest.approx(0.02)
-    assert method.temperature_at(round(0.45 * 0.6 * (STEPS - 1))) == pytest.approx(0.2, rel=0.05)
+@pytest.mark.parametrize("fraction, met", [(0.5, True), (0.01, False)])
+def test_temperature_is_held_until_the_budget_is_met_and_falls_log_linearly(fraction, met):
+    model, run = start(fraction=fraction, options={"temperature": (2.0, 0.02)})
+    method, settled, costs = run.method, 3 * STEPS // 5, []
+    with run:
+        for until in range(1, settled):
+            costs.append(run.log()["cost_hard"])
+            train(model, run, start=until - 1, until=until)
+    first = next((step for step, cost in enumerate(costs) if cost <= run.context.controller.budget), None)
+    begins, ends = 0.3 * (settled - 1), 0.9 * (settled - 1)
+    assert (first is not None and first < begins) == met
+    falls = first if met else math.ceil(begins)
+    assert [method.temperature_at(step) for step in (0, falls)] == [2, 2] and method.temperature_at(falls + 1) < 2
+    middle = (falls + ends) / 2
+    assert method.temperature_at(middle) == pytest.approx(0.2)
     assert method.temperature_at(round(0.8 * STEPS)) == pytest.approx(0.02)
     method.anneal = False
     assert method.temperature_at(STEPS - 1) == 2
+
+
+def test_prices_count_by_their_root_and_pull_as_hard_in_all():
+    price = torch.tensor([1.0, 4.0, 9.0, 0.0, -1.0])
+    curbed = start()[1].method._curbed(price)
+    torch.testing.assert_close(curbed, torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0]) * 14 / 6)
+    torch.testing.assert_close(start(options={"curb": 1.0})[1].method._curbed(price), price.clamp_min(0))
 
 
 @pytest.mark.parametrize("temperature, edge", [(1.0, 6.9), (0.5, 3.8), (0.1, 0.92), (0.02, 0.22)])
@@ -133,7 +152,7 @@ def test_indicators_start_in_the_order_of_the_magnitudes():
     alpha = start(copy.deepcopy(model))[1].method.alpha
     assert torch.corrcoef(torch.stack([alpha, torch.arange(200.0)]))[0, 1] > 0.8
     alpha = start(model, options={"spread": 0.0})[1].method.alpha
-    assert alpha.min() >= 0.05 and alpha.max() <= 0.15
+    assert alpha.min() >= 0.75 and alpha.max() <= 2.25
 
 
 def test_channels_that_the_loss_hardly_depends_on_do_not_wander():
@@ -297,7 +316,7 @@ def test_found_widths_that_fit_are_allocated_as_they_are():
 def test_annealing_closes_the_gap_between_relaxed_and_hard():
     rows = []
     for anneal in (True, False):
-        model, run = start(options={"anneal": anneal, "balance": 1.0})
+        model, run = start(chain((16,) * 4), fraction=0.15, options={"anneal": anneal})
         with run:
             train(model, run)
         rows.append(run.history[-1])
@@ -388,6 +407,7 @@ def test_a_step_takes_the_same_operations_however_many_groups():
         ({"tolerance": 0.0}, "tolerance"),
         ({"pull": 0.0}, "pull"),
         ({"lasso": -1.0}, "not be negative"),
+        ({"curb": 2.0}, "must lie in"),
     ],
 )
 def test_wrong_options_are_named(options, message):
