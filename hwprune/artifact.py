@@ -13,7 +13,6 @@ plain tensors is refused. ``spec.json`` is written last, so a folder whose savin
 import hashlib
 import io
 import json
-import os
 import platform
 import re
 import subprocess
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hwprune.errors import BackendUnavailable, CorruptArtifact, InvalidInput, UnsupportedModel
+from hwprune.files import write_file
 from hwprune.graph import Program, cut, trace
 from hwprune.nn import ColumnPrunedConv2d
 
@@ -242,19 +242,6 @@ def difference(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     keys = [key for key in {**stored, **present} if stored.get(key) != present.get(key)]
     was, now = (", ".join(f"{key} {settings.get(key)!r}" for key in keys) for settings in (stored, present))
     return f"{was}, not {now}" if keys else ""
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it. Raises InvalidInput."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise InvalidInput(f"cannot write {path}: {error.strerror}; make room, or choose another folder") from error
 
 
 def _export(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bytes:

@@ -23,6 +23,7 @@ from hwprune import artifact
 from hwprune.budget import Budget
 from hwprune.data import Data
 from hwprune.errors import CorruptArtifact, InvalidInput
+from hwprune.files import write_file
 from hwprune.latency import Target, fingerprint
 from hwprune.models import load_weights
 from hwprune.pipeline import BudgetMissed, prune
@@ -162,7 +163,7 @@ def compare(
             used = result["settings"]  # epochs that a method has no use for while it searches were spent afterwards
             spent = {"search": used["search_epochs"], "fine_tune": used["epochs"], "lr": used["lr"]}
             row = {**found, "method": entry.text, "budget": budget, "seed": seed, **spent}
-            artifact.write_file(folder / "row.json", json.dumps(row, indent=1).encode())
+            write_file(folder / "row.json", json.dumps(row, indent=1).encode())
         gather(out, target, provenance)
     return gather(out, target, provenance)
 
@@ -172,8 +173,8 @@ def gather(out: Path, target: Target, provenance: Mapping[str, Any] | None = Non
     with _claimed(out, wait=True):  # two writers of one file would take it away from each other
         rows = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
         context = {**fingerprint(target), **artifact.versions(), **(provenance or {})}
-        artifact.write_file(out / "compare.json", json.dumps({"context": context, "rows": rows}, indent=1).encode())
-        artifact.write_file(out / "compare.md", table(summary(rows)).encode())
+        write_file(out / "compare.json", json.dumps({"context": context, "rows": rows}, indent=1).encode())
+        write_file(out / "compare.md", table(summary(rows)).encode())
         if rows:
             draw(rows, out / "compare.svg")
     return rows
@@ -352,7 +353,7 @@ def _agree(out: Path, settings: Mapping[str, Any]) -> None:
     """
     path = out / "settings.json"
     if not path.is_file():
-        artifact.write_file(path, json.dumps(settings, indent=1).encode())
+        write_file(path, json.dumps(settings, indent=1).encode())
         return
     try:
         stored = dict(json.loads(path.read_text()))
@@ -386,7 +387,7 @@ def _dense(model: nn.Module, data: Data, recipe: Recipe, out: Path, progress: bo
             description="dense",
         )
     state = {key: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
-    artifact.write_file(path, to_safetensors(state))
+    write_file(path, to_safetensors(state))
     return model
 
 

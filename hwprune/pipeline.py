@@ -28,6 +28,7 @@ from hwprune import artifact, report
 from hwprune.allocator import Allocation, allocate, values_from_ranking
 from hwprune.budget import Budget, BudgetController
 from hwprune.errors import CorruptArtifact, InfeasibleBudget, InvalidInput
+from hwprune.files import write_file
 from hwprune.graph import Groups, Program, cut, keep_first, keep_top, resize, segments, trace
 from hwprune.latency import CostModel, LatencyTable, Reference, Sample, Target, build, fingerprint, flops_model
 from hwprune.latency import measure as measure_callable
@@ -469,7 +470,7 @@ class Pruning:
             ],
         )
         report.write(self.folder / "report.html", page)
-        artifact.write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
+        write_file(self.folder / "result.json", json.dumps(result, indent=1).encode())
         self.run.finish("finish")
 
     def _column_note(self) -> Iterator[str]:
@@ -943,7 +944,7 @@ class _Run:
                 from safetensors.torch import save as to_safetensors
 
                 plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-                artifact.write_file(self._state / f"{name}.safetensors", to_safetensors(plain))
+                write_file(self._state / f"{name}.safetensors", to_safetensors(plain))
         self.done[name] = values
         self._write()
 
@@ -976,7 +977,7 @@ class _Run:
     def _write(self) -> None:
         if self._state is not None and self._begun:
             stored = {"settings": self.settings, "done": self.done, "seconds": self.seconds}
-            artifact.write_file(self._state / "run.json", json.dumps(stored).encode())
+            write_file(self._state / "run.json", json.dumps(stored).encode())
 
 
 def profile(

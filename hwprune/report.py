@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwprune.errors import InvalidInput
+from hwprune.files import write_file
 from hwprune.graph import Groups
 from hwprune.latency import CostModel
 
@@ -129,10 +129,7 @@ def _staircase(
 def write(path: str | Path, report: Report) -> Path:
     """Render the report into a file. Raises InvalidInput where it cannot be written."""
     path = Path(path)
-    try:
-        path.write_text(render(report), encoding="utf-8")
-    except OSError as error:
-        raise InvalidInput(f"cannot write the report to {path}: {error.strerror}; choose another folder") from error
+    write_file(path, render(report).encode())
     return path
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hwprune.errors import CorruptArtifact, InvalidInput, TrainingDiverged
+from hwprune.files import replacing
 from hwprune.latency.turns import together
 
 Loader = Iterable[tuple[Any, Any]]  # batches of (inputs, targets); inputs: a tensor, or a tuple of them
@@ -431,7 +432,8 @@ class _Run:
                 "totals": self.totals,
                 "history": asdict(self.history),
             }
-            _write(self.checkpoint, content)
+            with replacing(self.checkpoint) as file:
+                torch.save(content, file)
             if verify:  # a state that cannot be read back should be known now, not after the night
                 _read(self.checkpoint, self.device)
         self.saved_step = self.step
@@ -695,21 +697,6 @@ def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["random"])
     name, key, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, key.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise InvalidInput(
-            f"the checkpoint {path} cannot be written ({error.strerror}); name a folder that can"
-        ) from error
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:

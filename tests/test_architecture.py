@@ -12,6 +12,7 @@ import hwprune.kernels
 
 LAYERS = [  # bottom first; a module imports only from the layers before its own
     {"errors"},
+    {"files"},
     {"kernels", "latency_tables", "_cpp", "_cuda"},
     {"ops"},
     {"nn"},

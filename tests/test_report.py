@@ -157,5 +157,6 @@ def test_ticks_enclose(low, high):
 
 
 def test_unwritable(tmp_path):
-    with pytest.raises(InvalidInput, match="cannot write the report"):
-        report.write(tmp_path / "absent" / "report.html", report.Report(RESULT))
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match=r"cannot write .*report\.html"):
+        report.write(tmp_path / "file" / "report.html", report.Report(RESULT))

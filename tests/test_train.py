@@ -454,7 +454,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     hooks = Counter()
-    with pytest.raises(InvalidInput, match=r"file/checkpoint.pt cannot be written"):
+    with pytest.raises(InvalidInput, match=r"cannot write .*file/checkpoint.pt"):
         fit(small_net(), batches(), RECIPE, hooks=hooks, checkpoint=tmp_path / "file" / "checkpoint.pt", progress=False)
     assert not hooks.seen
 
