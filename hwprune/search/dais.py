@@ -83,9 +83,9 @@ class DAIS(Method):
             the controller is added to it, so that any budget is reached in the end.
         tolerance: least width of the dead zone below the budget, relative; it is never narrower than the largest step
             of the cost between two levels of one group.
-        lasso: weight of ‖I‖₁, in units of the mean gradient of the log cost. The cost already pulls all indicators down;
-            this drains the groups that are cheap, which the cost hardly fills up again (resnet20, one run each: 78.0 %
-            with 0.05 and 78.5 % without at 30 % of the FLOPs, 63.8 and 64.9 % at 12 %); hence 0.
+        lasso: weight of ‖I‖₁, in units of the mean gradient of the log cost. The cost already pulls all indicators
+            down; this drains the groups that are cheap, which the cost hardly fills up again (resnet20, one run each:
+            78.0 % with 0.05 and 78.5 % without at 30 % of the FLOPs, 63.8 and 64.9 % at 12 %); hence 0.
         symmetry: weight of the term that equalises keep rates, in the same unit, over the groups of one full width: the
             insides of the blocks of a stage. The layers that the paper ties so, those whose outputs are added, are one
             group here, which makes the term redundant for them; hence 0.
