@@ -1,6 +1,7 @@
 """The masked convolution and its BatchNorm against float64, torch's own formulas and finite differences."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from hwprune import ops
 from hwprune.errors import BackendUnavailable, InvalidInput
-from hwprune.ops import _cuda_conv
+from hwprune.ops import _cpp_conv, _cuda_conv
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -243,10 +244,12 @@ def results(operator, tensors, dtype, *, backend, **options):
     options = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
     outputs = operator(**leaves, **options, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    differentiable = [out for out in outputs if out.requires_grad]
     upstream = [
-        (1.5 + torch.linspace(1, 7, out.numel(), dtype=dtype).cos()).view(out.shape).to(device) for out in outputs
+        (1.5 + torch.linspace(1, 7, out.numel(), dtype=dtype).cos()).view(out.shape).to(device)
+        for out in differentiable
     ]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+    grads = torch.autograd.grad(differentiable, list(leaves.values()), upstream, allow_unused=True)
     named = {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
     return {name: out.detach().cpu() for name, out in {**dict(zip("012", outputs, strict=False)), **named}.items()}
 
@@ -339,6 +342,70 @@ def test_threads_share_the_work_without_a_trace(threads, form):
         tensors |= {name: value for name, value in extra.items() if name.endswith("mask")}
         options = {name: value for name, value in extra.items() if not name.endswith("mask")}
         assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", padding=1, **options)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_registers_of_every_width_give_the_same(lanes, form, monkeypatch):
+    """And so do odd sizes beyond a block of pixels, a panel of outputs and a piece of the weight's rows."""
+    monkeypatch.setattr(_cpp_conv, "_LANES", lanes)  # a processor without so many has the widest of its own
+    ins, outs = 109, 77
+    x = torch.randn(3, ins, 9, 11).contiguous(memory_format=form)
+    weight = torch.randn(outs, ins, 3, 3).contiguous(memory_format=form)
+    residual = torch.randn(3, outs, 9, 11).contiguous(memory_format=form)
+    masks = {"in_mask": (torch.rand(ins) < 0.7).float(), "out_mask": (torch.rand(outs) < 0.7) * torch.rand(outs)}
+    tensors = {"x": x, "weight": weight, "residual": residual, "scale": torch.randn(outs)}
+    assert_backend_accurate(ops.masked_conv2d, tensors | masks, "cpp", padding=1, act="relu")
+    columns = torch.cat([torch.randperm(4 * ins)[:150], 8 * ins + torch.randperm(40)[:7]]).sort().values
+    assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", padding=1, columns=columns)
+    assert_backend_accurate(ops.masked_conv2d, {"x": x, "weight": weight}, "cpp", padding=1, stats=True)
+
+
+def test_more_weights_than_a_panel_holds_of_all_vectors():
+    x, weight = torch.randn(2, 400, 3, 4), torch.randn(70, 400, 3, 3)
+    masks = {"in_mask": torch.rand(400), "out_mask": torch.rand(70)}
+    assert_backend_accurate(ops.masked_conv2d, {"x": x, "weight": weight, **masks}, "cpp", padding=(1, 0))
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3, 16, 150])
+@pytest.mark.parametrize("act", ["none", "relu6", "silu"])
+def test_batch_norm_with_the_statistics_of_its_input(act, channels, form):
+    torch.manual_seed(channels)
+    x = 3 * torch.randn(5, channels, 7, 9).contiguous(memory_format=form) + 2
+    mask = torch.rand(channels) * (torch.rand(channels) < 0.7)
+    tensors = {"x": x, "weight": torch.randn(channels), "bias": torch.randn(channels), "mask": mask}
+    for extra in ({}, {"residual": torch.randn_like(x)}):
+        found = [
+            results(partial(ops.masked_bn_act, sums=None, squares=None), tensors | extra, dtype, backend=name, act=act)
+            for dtype, name in (
+                (torch.float64, "reference"),
+                (torch.float32, "reference"),
+                (torch.float32, "cpp"),
+            )
+        ]
+        truth, plain, actual = (
+            {name: value for name, value in each.items() if name not in ("1", "2")} for each in found
+        )
+        for name, value in actual.items():
+            assert_as_accurate(value, plain[name], truth[name], slack=SLACK if name == "0" else SUM_SLACK)
+        for place, moment in (("1", x.double().mean((0, 2, 3))), ("2", x.double().var((0, 2, 3), correction=0))):
+            torch.testing.assert_close(found[2][place].double(), moment, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_norm_takes_both_sums_or_none():
+    x = torch.rand(2, 3, 4, 4)
+    with pytest.raises(InvalidInput, match="give both sums and squares, or neither"):
+        ops.masked_bn_act(x, torch.rand(3), None, torch.ones(3), torch.zeros(3))
+
+
+def test_batch_norm_with_the_statistics_of_its_input_is_compiled_whole():
+    x, weight, bias = torch.rand(2, 3, 4, 4), torch.rand(3), torch.rand(3)
+    compiled = torch.compile(ops.masked_bn_act, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        compiled(x, None, None, weight, bias), ops.masked_bn_act(x, None, None, weight, bias), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])

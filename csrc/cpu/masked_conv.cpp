@@ -1,76 +1,18 @@
 #include "cpu/masked_conv.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+#include "cpu/masked_conv_rows.hpp"
 #include "cpu/parallel.hpp"
 
 namespace hwprune {
 namespace {
 
-using Floats = std::vector<float>;
-
-constexpr int64_t kGrain = 1 << 15;  // floats that are worth a thread
-constexpr int64_t kBlock = 64;       // additions in float32 before a sum moves to float64
-
-HWPRUNE_CLONES void scaled(const float* x, int64_t count, float factor, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = factor * x[i];
-}
-
-void copy(const float* x, int64_t count, float factor, float* out) {
-  if (factor == 0.0f)  // whatever x holds
-    std::fill(out, out + count, 0.0f);
-  else if (factor == 1.0f)
-    std::memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
-  else
-    scaled(x, count, factor, out);
-}
-
-HWPRUNE_CLONES float dot(const float* x, const float* y, int64_t count) {
-  double total = 0.0;
-  for (int64_t begin = 0; begin < count; begin += 16 * kBlock) {
-    const int64_t end = std::min(count, begin + 16 * kBlock);
-    float part = 0.0f;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part += x[i] * y[i];
-    total += part;
-  }
-  return static_cast<float>(total);
-}
-
-HWPRUNE_CLONES void multiply(const float* x, const float* y, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * y[i];
-}
-
-HWPRUNE_CLONES void multiply_add(const float* x, const float* y, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] += x[i] * y[i];
-}
-
 // Zero where the factor is, whatever x holds there.
 HWPRUNE_CLONES void mask_row(const float* factor, int64_t count, float* x) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) x[i] = factor[i] != 0.0f ? factor[i] * x[i] : 0.0f;
-}
-
-HWPRUNE_CLONES void add(const float* x, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] += x[i];
-}
-
-HWPRUNE_CLONES void add_squares(const float* x, int64_t count, float* sums, float* squares) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    sums[i] += x[i];
-    squares[i] += x[i] * x[i];
-  }
 }
 
 HWPRUNE_CLONES void sum_squares(const float* x, int64_t count, double* total, double* total_squares) {
@@ -84,47 +26,6 @@ HWPRUNE_CLONES void sum_squares(const float* x, int64_t count, double* total, do
     }
     *total += sum;
     *total_squares += squares;
-  }
-}
-
-// Comparisons are written so that a NaN comes through, as in torch.
-inline float clamped(float z, float low, float high) {
-  const float raised = z < low ? low : z;
-  return high < raised ? high : raised;
-}
-
-HWPRUNE_CLONES void plane_forward(const float* raw, const float* residual, int64_t count, float a, float b, float low,
-                                  float high, float* y) {
-  if (raw && residual) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a * raw[i] + b + residual[i], low, high);
-  } else if (raw) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a * raw[i] + b, low, high);
-  } else if (residual) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = clamped(residual[i], low, high);
-  } else {
-    std::fill(y, y + count, clamped(0.0f, low, high));
-  }
-}
-
-// A row of channels; `mask` and `residual` may be null.
-HWPRUNE_CLONES void row_forward(const float* raw, const float* residual, const float* mask, int64_t count,
-                                const float* a, const float* b, float low, float high, float* y) {
-  if (mask && residual) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i)
-      y[i] = clamped((mask[i] != 0.0f ? a[i] * raw[i] + b[i] : 0.0f) + residual[i], low, high);
-  } else if (mask) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = clamped(mask[i] != 0.0f ? a[i] * raw[i] + b[i] : 0.0f, low, high);
-  } else if (residual) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a[i] * raw[i] + b[i] + residual[i], low, high);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = clamped(a[i] * raw[i] + b[i], low, high);
   }
 }
 
@@ -166,112 +67,14 @@ HWPRUNE_CLONES void row_backward(const float* grad_y, const float* raw, const fl
   }
 }
 
-#if defined(__x86_64__)
-// Bit i of bits[b] says whether channel 16 * b + i is listed.
-__attribute__((target("avx512f"))) void pick_wide(const float* from, const uint16_t* bits, int64_t blocks, float* to) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m512 packed = _mm512_maskz_compress_ps(bits[b], _mm512_maskz_loadu_ps(bits[b], from + 16 * b));
-    const int count = __builtin_popcount(bits[b]);
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), packed);
-    to += count;
-  }
+HWPRUNE_CLONES void plane_add_affine(const float* x, int64_t count, float a, float b, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] += a + b * x[i];
 }
 
-__attribute__((target("avx512f"))) void spread_wide(const float* from, const uint16_t* bits, int64_t blocks,
-                                                    int64_t channels, float* to) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int count = __builtin_popcount(bits[b]);
-    const __m512 packed = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-    const int64_t left = std::min<int64_t>(16, channels - 16 * b);
-    _mm512_mask_storeu_ps(to + 16 * b, static_cast<__mmask16>((1u << left) - 1),
-                          _mm512_maskz_expand_ps(bits[b], packed));
-    from += count;
-  }
-}
-
-bool runs_wide() { return __builtin_cpu_supports("avx512f"); }
-#else
-void pick_wide(const float*, const uint16_t*, int64_t, float*) {}
-void spread_wide(const float*, const uint16_t*, int64_t, int64_t, float*) {}
-bool runs_wide() { return false; }
-#endif
-
-// Takes listed channels out of a row of all channels, and puts them back. AVX-512 has an instruction for sixteen at a
-// time; other processors move one by one.
-class Picker {
- public:
-  // index [kept], increasing
-  Picker(const int64_t* index, int64_t kept, int64_t channels)
-      : channels_(channels), wide_(runs_wide()), index_(index, index + kept) {
-    bits_.resize(static_cast<size_t>((channels + 15) / 16));
-    for (const int32_t i : index_) bits_[static_cast<size_t>(i / 16)] |= static_cast<uint16_t>(1u << (i % 16));
-  }
-  void pick(const float* row, float* out) const {
-    if (wide_) return pick_wide(row, bits_.data(), static_cast<int64_t>(bits_.size()), out);
-    for (size_t j = 0; j < index_.size(); ++j) out[j] = row[index_[j]];
-  }
-  // Zeros elsewhere.
-  void spread(const float* listed, float* row) const {
-    if (wide_) return spread_wide(listed, bits_.data(), static_cast<int64_t>(bits_.size()), channels_, row);
-    std::fill(row, row + channels_, 0.0f);
-    for (size_t j = 0; j < index_.size(); ++j) row[index_[j]] = listed[j];
-  }
-
- private:
-  int64_t channels_;
-  bool wide_;
-  std::vector<int32_t> index_;
-  std::vector<uint16_t> bits_;
-};
-
-// Sums over rows of channels: in float32 for a while, then in float64.
-class RowSums {
- public:
-  explicit RowSums(int64_t channels)
-      : first_(static_cast<size_t>(channels)), second_(first_), totals_(first_.size()), seconds_(first_.size()) {}
-  float* first() { return first_.data(); }
-  float* second() { return second_.data(); }
-  void row_done() {
-    if (++rows_ == kBlock) flush();
-  }
-  // Adds everything so far to `totals` and `seconds`.
-  void flush() {
-    for (size_t i = 0; i < first_.size(); ++i) {
-      totals_[i] += first_[i];
-      seconds_[i] += second_[i];
-    }
-    std::fill(first_.begin(), first_.end(), 0.0f);
-    std::fill(second_.begin(), second_.end(), 0.0f);
-    rows_ = 0;
-  }
-  const std::vector<double>& totals() const { return totals_; }
-  const std::vector<double>& seconds() const { return seconds_; }
-
- private:
-  std::vector<float> first_, second_;
-  std::vector<double> totals_, seconds_;
-  int64_t rows_ = 0;
-};
-
-// One RowSums per thread, added up at the end in the order of the threads.
-void collect(std::vector<RowSums>& parts, int64_t channels, float* first, float* second) {
-  for (RowSums& part : parts) part.flush();
-  for (int64_t c = 0; c < channels; ++c) {
-    double total = 0.0, seconds = 0.0;
-    for (const RowSums& part : parts) {
-      total += part.totals()[static_cast<size_t>(c)];
-      seconds += part.seconds()[static_cast<size_t>(c)];
-    }
-    if (first) first[c] = static_cast<float>(total);
-    if (second) second[c] = static_cast<float>(seconds);
-  }
-}
-
-// Where each channel lies in the compact tensor, or -1.
-std::vector<int64_t> places(const int64_t* index, int64_t kept, int64_t channels) {
-  std::vector<int64_t> place(static_cast<size_t>(channels), -1);
-  for (int64_t j = 0; j < kept; ++j) place[static_cast<size_t>(kept == channels ? j : index[j])] = j;
-  return place;
+HWPRUNE_CLONES void row_add_affine(const float* x, int64_t count, const float* a, const float* b, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] += a[i] + b[i] * x[i];
 }
 
 struct Tap {
@@ -309,12 +112,8 @@ void gather_channels(const float* x, const Batch& batch, const int64_t* index, c
     const Picker picker(index, kept, channels);
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, kept), batch.threads,
              [&](int64_t, int64_t begin, int64_t end) {
-               for (int64_t row = begin; row < end; ++row) {
-                 const float* from = x + row * channels;
-                 float* to = out + row * kept;
-                 picker.pick(from, to);
-                 if (factor) mask_row(factor, kept, to);
-               }
+               picker.pick(x + begin * channels, end - begin, out + begin * kept, kept);
+               for (int64_t row = begin; factor && row < end; ++row) mask_row(factor, kept, out + row * kept);
              });
     return;
   }
@@ -343,7 +142,7 @@ void scatter_channels(const float* compact, const Batch& batch, const int64_t* i
                  if (dots) {
                    RowSums& mine = sums[static_cast<size_t>(thread)];
                    picker.pick(x + row * channels, picked.data());
-                   multiply_add(from, picked.data(), kept, mine.first());
+                   add_products(from, picked.data(), kept, mine.first());
                    mine.row_done();
                  }
                  if (factor) {
@@ -381,18 +180,21 @@ void epilogue(const float* raw, const Batch& batch, const int64_t* index, int64_
   const bool some = kept < channels;
   if (batch.channels_last) {
     const Picker picker(index, some ? kept : 0, channels);
+    const int64_t step = rows_at_once(channels);
+    const Floats a = repeated(args.a, channels, 1.0f), b = repeated(args.b, channels, 0.0f);
+    const Floats mask = repeated(args.mask, channels, 1.0f);
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
              [&](int64_t, int64_t begin, int64_t end) {
-               Floats spread(some ? static_cast<size_t>(channels) : 0);  // a row of raw in its full place
-               for (int64_t row = begin; row < end; ++row) {
-                 const float* full = raw + row * kept;
-                 if (some) {
-                   picker.spread(full, spread.data());
-                   full = spread.data();
-                 }
-                 if (raw_full) copy(full, channels, 1.0f, raw_full + row * channels);
-                 row_forward(full, args.residual ? args.residual + row * channels : nullptr, args.mask, channels,
-                             args.a, args.b, args.low, args.high, y + row * channels);
+               for (int64_t row = begin; row < end; row += step) {
+                 const int64_t count = std::min(step, end - row), at = row * channels;
+                 float* spread = raw_full ? raw_full + at : y + at;
+                 if (some)
+                   picker.spread(raw + row * kept, kept, count, spread);
+                 else if (raw_full)
+                   std::copy_n(raw + at, count * channels, spread);
+                 row_forward(some ? spread : raw + at, args.residual ? args.residual + at : nullptr,
+                             args.mask ? mask.data() : nullptr, count * channels, a.data(), b.data(), args.low,
+                             args.high, y + at);
                }
              });
     return;
@@ -417,16 +219,17 @@ void epilogue_backward(const float* grad_y, const float* raw, const Batch& batch
   const int64_t channels = batch.channels, pixels = batch.pixels;
   const auto parts = static_cast<size_t>(std::max<int64_t>(1, batch.threads));
   if (batch.channels_last) {
-    const std::vector<float> ones(args.mask ? 0 : static_cast<size_t>(channels), 1.0f);
-    const float* mask = args.mask ? args.mask : ones.data();
-    std::vector<RowSums> sums(parts, RowSums(channels));
+    const int64_t step = rows_at_once(channels);
+    const Floats a = repeated(args.a, channels, 1.0f), b = repeated(args.b, channels, 0.0f);
+    const Floats mask = repeated(args.mask, channels, 1.0f);
+    std::vector<RowSums> sums(parts, RowSums(step * channels));
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
              [&](int64_t thread, int64_t begin, int64_t end) {
                RowSums& mine = sums[static_cast<size_t>(thread)];
-               for (int64_t row = begin; row < end; ++row) {
-                 const int64_t at = row * channels;
-                 row_backward(grad_y + at, raw + at, args.residual ? args.residual + at : nullptr, mask, channels,
-                              args.a, args.b, args.low, args.high, grad_raw + at,
+               for (int64_t row = begin; row < end; row += step) {
+                 const int64_t at = row * channels, count = std::min(step, end - row) * channels;
+                 row_backward(grad_y + at, raw + at, args.residual ? args.residual + at : nullptr, mask.data(), count,
+                              a.data(), b.data(), args.low, args.high, grad_raw + at,
                               grad_residual ? grad_residual + at : nullptr, mine.first(), mine.second());
                  mine.row_done();
                }
@@ -462,12 +265,13 @@ void epilogue_backward(const float* grad_y, const float* raw, const Batch& batch
 void channel_sums(const float* x, const Batch& batch, float* sums, float* squares) {
   const int64_t channels = batch.channels, pixels = batch.pixels;
   if (batch.channels_last) {
-    std::vector<RowSums> parts(static_cast<size_t>(std::max<int64_t>(1, batch.threads)), RowSums(channels));
+    const int64_t step = rows_at_once(channels);
+    std::vector<RowSums> parts(static_cast<size_t>(std::max<int64_t>(1, batch.threads)), RowSums(step * channels));
     parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
              [&](int64_t thread, int64_t begin, int64_t end) {
                RowSums& mine = parts[static_cast<size_t>(thread)];
-               for (int64_t row = begin; row < end; ++row) {
-                 add_squares(x + row * channels, channels, mine.first(), mine.second());
+               for (int64_t row = begin; row < end; row += step) {
+                 add_squares(x + row * channels, std::min(step, end - row) * channels, mine.first(), mine.second());
                  mine.row_done();
                }
              });
@@ -484,6 +288,27 @@ void channel_sums(const float* x, const Batch& batch, float* sums, float* square
       squares[c] = static_cast<float>(total_squares);
     }
   });
+}
+
+void add_affine(const float* x, const Batch& batch, const float* a, const float* b, float* grad) {
+  const int64_t channels = batch.channels, pixels = batch.pixels;
+  if (batch.channels_last) {
+    const int64_t step = rows_at_once(channels);
+    const Floats offset = repeated(a, channels, 0.0f), factor = repeated(b, channels, 0.0f);
+    parallel(batch.images * pixels, kGrain / std::max<int64_t>(1, channels), batch.threads,
+             [&](int64_t, int64_t begin, int64_t end) {
+               for (int64_t row = begin; row < end; row += step)
+                 row_add_affine(x + row * channels, std::min(step, end - row) * channels, offset.data(), factor.data(),
+                                grad + row * channels);
+             });
+    return;
+  }
+  parallel(batch.images * channels, kGrain / std::max<int64_t>(1, pixels), batch.threads,
+           [=](int64_t, int64_t begin, int64_t end) {
+             for (int64_t plane = begin; plane < end; ++plane)
+               plane_add_affine(x + plane * pixels, pixels, a[plane % channels], b[plane % channels],
+                                grad + plane * pixels);
+           });
 }
 
 void pick_part(const float* matrix, const Part& args, const float* row_factor, const float* column_factor,

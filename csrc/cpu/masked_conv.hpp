@@ -45,6 +45,9 @@ void epilogue_backward(const float* grad_y, const float* raw, const Batch& batch
 // Sums and sums of squares of every channel.
 void channel_sums(const float* x, const Batch& batch, float* sums, float* squares);
 
+// grad += a[c] + b[c] * x
+void add_affine(const float* x, const Batch& batch, const float* a, const float* b, float* grad);
+
 // Some elements of a matrix of `width` columns: element (r, j) of the part lies in row rows[r] and in column
 // columns[g * column_count + j] of it, where g is the group of r, the rows being as many in each. Without rows, or
 // columns, these are all that there are.

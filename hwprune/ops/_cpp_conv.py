@@ -21,6 +21,7 @@ from hwprune.ops._reference_conv import (
 )
 
 _CLAMPS = {"none": (-torch.inf, torch.inf), "relu": (0.0, torch.inf), "relu6": (0.0, 6.0)}
+_LANES = 16  # floats in a register, at most; the processor may have fewer
 _PACKED_FLOATS = 1 << 18  # of weight columns at a time: they are to stay in the second-level cache
 
 
@@ -45,14 +46,20 @@ def forward(
     save_raw: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    picks, shape = _picks(in_mask, out_mask, weight.shape, geometry[3]), output_shape(x, weight.shape, geometry)
-    outs, form = picks.outs, layout(x)
+    shape, form = output_shape(x, weight.shape, geometry), layout(x)
+    if geometry[3] == 1:
+        y = torch.empty(shape, memory_format=form)
+        raw = torch.empty_like(y) if save_raw else None
+        _product(x, weight, in_mask, out_mask, geometry, columns, (scale, shift, residual, act), y, raw)
+        return y, raw
+    picks = _picks(in_mask, out_mask, weight.shape, geometry[3])
+    outs = picks.outs
     if save_raw:
-        compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry, columns)
+        compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry)
         a, b = _affine(x, shape[1], out_mask, scale, shift)
         return _finish(compact, outs, a, b, out_mask, residual, act, shape, form, keep_raw=True)
     factor, offset = _at(out_mask, scale, outs), None if shift is None else _at(out_mask, shift, outs)
-    compact = _convolve(x, weight, in_mask, out_mask, picks, factor, offset, geometry, columns)
+    compact = _convolve(x, weight, in_mask, out_mask, picks, factor, offset, geometry)
     if residual is None:  # all activations leave zeros as they are
         compact = _activate_(compact, act)
         return (compact if outs is None else _scatter(compact, outs, None, None, shape, form)[0]), None
@@ -69,9 +76,15 @@ def forward_stats(
     columns: Tensor | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    picks, form = _picks(in_mask, out_mask, weight.shape, geometry[3]), layout(x)
+    form = layout(x)
+    if geometry[3] == 1:
+        raw = torch.empty(output_shape(x, weight.shape, geometry), memory_format=form)
+        sums, squares = x.new_empty(len(weight)), x.new_empty(len(weight))
+        _product(x, weight, in_mask, out_mask, geometry, columns, (None, None, None, "none"), None, raw, sums, squares)
+        return raw, sums, squares
+    picks = _picks(in_mask, out_mask, weight.shape, geometry[3])
     outs = picks.outs
-    compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry, columns)
+    compact = _convolve(x, weight, in_mask, out_mask, picks, None, None, geometry)
     sums, squares = x.new_empty(compact.shape[1]), x.new_empty(compact.shape[1])
     _native.module("cpp").channel_sums(compact.data_ptr(), _batch(compact, form), sums.data_ptr(), squares.data_ptr())
     if outs is None:
@@ -99,7 +112,7 @@ def backward_epilogue(
         backward: Any = torch.ops.aten.silu_backward if act == "silu" else torch.ops.aten.gelu_backward
         grad_y, given, act = backward(grad_y, z), None, "none"
     grad_y = grad_y.contiguous(memory_format=form)
-    given = None if given is None else given.contiguous(memory_format=form)
+    given = _like(given, form)
     grad_raw = torch.empty_like(raw)
     grad_residual = None if residual is None else torch.empty_like(raw)
     total, total_raw = raw.new_empty(channels), raw.new_empty(channels)
@@ -129,8 +142,18 @@ def backward_input(
     columns: Tensor | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    picks, channels, form = _picks(in_mask, out_mask, weight.shape, geometry[3]), x.shape[1], layout(x)
-    compact, ins = _gather(grad_raw, picks.outs, None, form), picks.ins
+    form = layout(x)
+    if geometry[3] == 1 and tuple(geometry[0]) == (1, 1) and columns is None:
+        given, x = (tensor.contiguous(memory_format=form) for tensor in (grad_raw, x))
+        weight, in_mask, out_mask = _in_one_piece(weight), _contiguous(in_mask), _contiguous(out_mask)
+        grad, grad_mask = torch.empty_like(x), None if in_mask is None else torch.empty_like(in_mask)
+        args = _product_args(x, weight, in_mask, out_mask, geometry, None, form)
+        addresses = map(_address, (given, x, weight))
+        _native.module("cpp").input_gradient(*addresses, args, grad.data_ptr(), _address(grad_mask))
+        return grad, grad_mask
+    picks, channels = _picks(in_mask, out_mask, weight.shape, geometry[3]), x.shape[1]
+    ins = picks.ins
+    compact = _gather(grad_raw, picks.outs, None, form)
     if columns is not None:
         return _columns_backward_input(compact, x, weight, picks.outs, geometry, columns), None
     shape = (x.shape[0], channels if ins is None else len(ins), *x.shape[2:])
@@ -161,7 +184,15 @@ def backward_weight(
     columns: Tensor | None,
     allow_tf32: bool,
 ) -> Tensor:
-    picks, form = _picks(in_mask, out_mask, weight_shape, geometry[3]), layout(x)
+    form = layout(x)
+    if geometry[3] == 1 and columns is None:
+        grad = torch.empty(tuple(weight_shape))
+        given, x = (tensor.contiguous(memory_format=form) for tensor in (grad_raw, x))
+        in_mask, out_mask = _contiguous(in_mask), _contiguous(out_mask)
+        args = _product_args(x, grad, in_mask, out_mask, geometry, None, form)
+        _native.module("cpp").weight_gradient(given.data_ptr(), x.data_ptr(), args, grad.data_ptr())
+        return grad
+    picks = _picks(in_mask, out_mask, weight_shape, geometry[3])
     compact = _gather(grad_raw, picks.outs, None, form)
     if columns is not None:
         return _columns_backward_weight(compact, x, weight_shape, picks.outs, geometry, columns)
@@ -200,6 +231,128 @@ def bn_act(
 
 
 bn_act_backward = partial(bn_act_backward_through, backward_epilogue)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """bn_act with the statistics of x, in one call; no other backend has it, nor its gradient."""
+    form = layout(x)
+    x, residual = x.contiguous(memory_format=form), _like(residual, form)
+    y, mean, var = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    per_channel = tuple(map(_contiguous, (weight, bias, mask)))
+    norm = _norm_args(per_channel, residual, act, eps)
+    _native.module("cpp").norm_forward(x.data_ptr(), _batch(x, form), norm, *map(_address, (y, mean, var)))
+    return (y if act in _CLAMPS else _activate_(y, act)), mean, var
+
+
+def batch_norm_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias, mask and residual."""
+    form, has_residual = layout(x), residual is not None
+    x, residual = x.contiguous(memory_format=form), _like(residual, form)
+    if act not in _CLAMPS:  # their derivatives are torch's
+        z, _, _ = batch_norm_act(x, weight, bias, mask, residual, "none", eps)
+        backward: Any = torch.ops.aten.silu_backward if act == "silu" else torch.ops.aten.gelu_backward
+        grad_y, residual, act = backward(grad_y, z), None, "none"
+    grad_y = grad_y.contiguous(memory_format=form)
+    grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    grad_mask = None if mask is None else torch.empty_like(mask)
+    grad_residual = torch.empty_like(x) if has_residual else None
+    per_channel = tuple(map(_contiguous, (weight, bias, mask)))
+    norm = _norm_args(per_channel, residual, act, eps)
+    addresses = map(_address, (mean, var, *grads, grad_mask, grad_residual))
+    _native.module("cpp").norm_backward(grad_y.data_ptr(), x.data_ptr(), _batch(x, form), norm, *addresses)
+    return *grads, grad_mask, grad_residual
+
+
+def _norm_args(per_channel: Sequence[Tensor | None], residual: Tensor | None, act: str, eps: float) -> Any:
+    clamp = _CLAMPS.get(act, _CLAMPS["none"])
+    return _native.module("cpp").Norm(*map(_address, (*per_channel, residual)), eps, *clamp)
+
+
+def _like(residual: Tensor | None, form: torch.memory_format) -> Tensor | None:
+    return None if residual is None else residual.contiguous(memory_format=form)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+    after: tuple[Tensor | None, Tensor | None, Tensor | None, str],  # scale, shift, residual, act
+    y: Tensor | None,  # like all outputs, overwritten, as are those that follow
+    raw: Tensor | None,
+    sums: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    """The convolution without groups in one call: what is listed is walked, and every block of pixels gets its end."""
+    scale, shift, residual, act = after
+    form = layout(x)
+    x, weight = x.contiguous(memory_format=form), _in_one_piece(weight)
+    residual = _like(residual, form)
+    a, b = _at(out_mask, scale, None), None if shift is None else _at(out_mask, shift, None)
+    a, b, in_mask, mask = map(_contiguous, (a, b, in_mask, out_mask))
+    cpp = _native.module("cpp")
+    args = _product_args(x, weight, in_mask, mask, geometry, columns, form)
+    epilogue = cpp.Epilogue(*map(_address, (a, b, mask, residual)), *_CLAMPS.get(act, _CLAMPS["none"]))
+    cpp.convolve(x.data_ptr(), weight.data_ptr(), args, epilogue, *map(_address, (y, raw, sums, squares)))
+    if y is not None and act not in _CLAMPS:
+        _activate_(y, act)
+
+
+def _product_args(
+    x: Tensor,
+    weight: Tensor,
+    in_mask: Tensor | None,
+    out_mask: Tensor | None,
+    geometry: Geometry,
+    columns: Tensor | None,
+    form: torch.memory_format,
+) -> Any:
+    stride, padding, dilation, _ = geometry
+    return _native.module("cpp").Convolution(
+        len(x),
+        x.shape[1:],
+        output_shape(x, weight.shape, geometry)[1:],
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        *map(_address, (in_mask, out_mask, columns)),
+        -1 if columns is None else len(columns),
+        form == torch.channels_last,
+        not weight.is_contiguous(),
+        torch.get_num_threads(),
+        _LANES,
+    )
+
+
+def _in_one_piece(weight: Tensor) -> Tensor:
+    """The weight as it is where it is dense, with its channels in front of its kernel or behind it."""
+    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+
+
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
 
 
 class _Picks(NamedTuple):
@@ -250,7 +403,6 @@ def _convolve(
     a: Tensor | None,  # [len(outs)]
     b: Tensor | None,  # [len(outs)]
     geometry: Geometry,
-    columns: Tensor | None,
 ) -> Tensor:
     """a ⊙ conv2d(in_mask ⊙ x, weight) + b in the picked output channels. [N, len(outs), Ho, Wo]
 
@@ -258,13 +410,11 @@ def _convolve(
     """
     form, outs, (stride, padding, dilation, _) = layout(x), picks.outs, geometry
     shape = (x.shape[0], weight.shape[0] if outs is None else len(outs), *output_shape(x, weight.shape, geometry)[2:])
-    width = next((len(listed) for listed in (columns, picks.ins) if listed is not None), weight[0].numel())
+    width = weight[0].numel() if picks.ins is None else len(picks.ins)
     if 0 in (*shape, *x.shape, width):
         y = torch.empty(shape, memory_format=form)
         return y.zero_() if b is None else y.copy_(b.view(1, -1, 1, 1))
     x = x.contiguous(memory_format=form)
-    if columns is not None:
-        return _columns_forward(x, _listed(weight, outs, columns, a), b, weight.shape, geometry, columns, form)
     small = _folded_weight(weight, in_mask, out_mask, picks, a)
     x = _gather_inputs(x, in_mask, picks, form)
     return F.conv2d(x, small, b, stride, padding, dilation, picks.groups).contiguous(memory_format=form)
@@ -340,30 +490,6 @@ def _times_inputs(weight: Tensor, in_mask: Tensor, picks: _Picks) -> Tensor:
     return _times(weight.reshape(picks.groups, -1, *weight.shape[1:]), factors).flatten(0, 1)
 
 
-def _columns_forward(
-    x: Tensor,
-    listed: Tensor,  # [m, K]
-    b: Tensor | None,  # [m]
-    weight_shape: Sequence[int],
-    geometry: Geometry,
-    columns: Tensor,
-    form: torch.memory_format,
-) -> Tensor:
-    """The product over the listed columns only, a few images at a time. [N, m, Ho, Wo]"""
-    shape = (x.shape[0], len(listed), *output_shape(x, weight_shape, geometry)[2:])
-    y = torch.empty(shape, memory_format=form)
-    for part, packed in _packed(x, weight_shape, geometry, columns, form):
-        mine = y[part]
-        if form == torch.channels_last:
-            _multiply(packed, listed.t(), b, mine.permute(0, 2, 3, 1).view(-1, shape[1]))
-        elif len(mine) == 1:
-            _multiply(listed, packed, None if b is None else b.view(-1, 1), mine.view(shape[1], -1))
-        else:
-            product = torch.mm(listed, packed).view(shape[1], len(mine), *shape[2:]).transpose(0, 1)
-            torch.add(product, 0.0 if b is None else b.view(1, -1, 1, 1), out=mine)
-    return y
-
-
 def _columns_backward_weight(
     grad: Tensor,
     x: Tensor,
@@ -401,10 +527,10 @@ def _columns_backward_input(
     return grad_x
 
 
-def _listed(weight: Tensor, outs: Tensor | None, columns: Tensor, a: Tensor | None = None) -> Tensor:
-    """The listed columns of the rows `outs`, times a [len(outs)]. [len(outs), K]"""
+def _listed(weight: Tensor, outs: Tensor | None, columns: Tensor) -> Tensor:
+    """The listed columns of the rows `outs`. [len(outs), K]"""
     matrix, last = _flat(weight)
-    return _pick_part(matrix, outs, _column_offsets(columns, weight.shape, last), 1, a)
+    return _pick_part(matrix, outs, _column_offsets(columns, weight.shape, last), 1)
 
 
 def _column_offsets(columns: Tensor, weight_shape: Sequence[int], last: bool) -> Tensor:
@@ -489,13 +615,6 @@ def _columns_args(
         form == torch.channels_last,
         torch.get_num_threads(),
     )
-
-
-def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
 
 
 def _active(mask: Tensor | None) -> Tensor | None:
@@ -605,7 +724,7 @@ def _finish(
     """The epilogue over all channels, and the compact tensor spread over them if it is to be kept."""
     y = torch.empty(tuple(shape), memory_format=form)
     spread = torch.empty_like(y) if keep_raw and outs is not None else None
-    residual = None if residual is None else residual.contiguous(memory_format=form)
+    residual = _like(residual, form)
     cpp = _native.module("cpp")
     args = cpp.Epilogue(*map(_address, (a, b, mask, residual)), *_CLAMPS.get(act, _CLAMPS["none"]))
     cpp.epilogue(

@@ -1,7 +1,8 @@
 """Convolution that computes only the channels, or the weight columns, that masks leave active."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,13 +21,15 @@ _MODULES = {
     "cuda": "hwprune.ops._cuda_conv",
 }
 _POINTWISE: Geometry = (1, 1), (0, 0), (1, 1), 1
+# Activations whose gradients do without their inputs.
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "relu6": partial(F.relu6, inplace=True)}
 # Behind what was measured to be the fastest for such a call (_native.fastest).
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
-# Below so many multiplications (counted at stride 1) picking channels costs more than it saves, without groups and
-# with them. Plain torch's time over ours at half of the channels on both sides, one thread of an AMD EPYC: without
-# groups 0.5 at 9 million, 1.0 at 38, 2 at 150; in groups of 16 and 32 channels 1.1 at 58 million and 1.6 at 116 where
-# all keep the same number, 0.6 and 0.9 where they do not. benchmarks/bench_ops.py times shapes without groups.
-_FEW_PRODUCTS = {False: 40_000_000, True: 100_000_000}
+# With groups and fewer multiplications (counted at stride 1), picking channels costs more than it saves: plain torch's
+# time over ours, half of the channels masked on both sides, groups of 16 and 32 channels, one thread of an AMD EPYC, is
+# 1.1 at 58 million and 1.6 at 116 where all groups keep the same number, 0.6 and 0.9 where they do not. Without groups
+# it is 1.1 and more at 2 million. benchmarks/bench_ops.py times shapes without groups.
+_FEW_GROUPED_PRODUCTS = 100_000_000
 
 
 def masked_conv2d(
@@ -103,9 +106,9 @@ def masked_conv2d(
         )
         return statistics
     tensors = x, weight, in_mask, out_mask, scale, shift, residual
+    nothing_masked = columns is None and in_mask is None and out_mask is None
     recorded = _native.recorded(*tensors)
-    masks = in_mask, out_mask
-    if columns is None and _is_plain(x, weight, groups, backend) and all(_masks_nothing(m, recorded) for m in masks):
+    if nothing_masked and _is_plain(x, weight, groups, backend, recorded):
         return _plain(x, weight, scale, shift, residual, act, geometry)
     if not recorded:
         return _forward(tensors, columns, act, geometry, False, allow_tf32, backend)[0]
@@ -117,8 +120,8 @@ def masked_conv2d(
 
 def masked_bn_act(
     x: Tensor,  # [N, C, H, W]
-    sums: Tensor,  # [C]
-    squares: Tensor,  # [C]
+    sums: Tensor | None,  # [C]
+    squares: Tensor | None,  # [C]
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
     *,
@@ -131,7 +134,8 @@ def masked_bn_act(
     """BatchNorm in training from the statistics of masked_conv2d(stats=True): act(mask ⊙ bn(x) + residual).
 
     Args:
-        x, sums, squares: what masked_conv2d(..., stats=True) returned; gradients flow into all three.
+        x, sums, squares: what masked_conv2d(..., stats=True) returned; gradients flow into all three. Sums and squares
+            of None are taken from x: its gradient counts them, and mean and variance give none.
         weight, bias: [C], BatchNorm's.
         mask: [C] in [0, 1]; exact zeros are skipped.
         act, backend: see masked_conv2d. Under autocast the residual is taken in the dtype of x.
@@ -150,10 +154,23 @@ def masked_bn_act(
     if residual is not None and _autocast_dtype(x.device) is not None:
         residual = _cast(residual, x.dtype)
     _check_residual(residual, x.shape, x)
-    sums, squares, weight, bias = (values.to(_wide(x)) for values in (sums, squares, weight, bias))
+    weight, bias = weight.to(_wide(x)), bias.to(_wide(x))
+    own = sums is None and squares is None
+    if own:
+        functions = None if torch.compiler.is_compiling() else _pointwise_backend("masked_bn_act", x, mask, backend)
+        if hasattr(functions, "batch_norm_act"):  # the statistics, too
+            whole: tuple[Tensor, Tensor, Tensor] = _BatchNorm.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, _accurate(mask, x), residual, act, eps, functions
+            )
+            return whole
+        _, sums, squares = reference.channel_sums(x, None)
+    if sums is None or squares is None:
+        raise InvalidInput("give both sums and squares, or neither of them")
+    sums, squares = sums.to(_wide(x)), squares.to(_wide(x))
     y: Tensor = _bn(x, sums, squares, weight, bias, _accurate(mask, x), residual, act, eps, backend)
     mean = sums / (x.numel() // x.shape[1])
-    return y, mean, (squares / (x.numel() // x.shape[1]) - mean.square()).clamp_min(0)
+    var = (squares / (x.numel() // x.shape[1]) - mean.square()).clamp_min(0)
+    return (y, mean.detach(), var.detach()) if own else (y, mean, var)
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -218,23 +235,20 @@ def _check_columns(columns: Tensor, device: torch.device, count: int, excluded: 
         raise InvalidInput(f"columns must increase strictly within 0 to {count - 1}, the columns of the weight")
 
 
-def _is_plain(x: Tensor, weight: Tensor, groups: int, backend: str) -> bool:
-    """Whether a convolution with nothing masked is left to torch: on the CPU, and on a device where that was faster.
+def _is_plain(x: Tensor, weight: Tensor, groups: int, backend: str, recorded: bool) -> bool:
+    """Whether a convolution with nothing masked is left to torch: on a device where that was faster, and on the CPU.
 
-    A compiler sees one operator on a device, whose backend is chosen when it runs.
+    There, 1x1 convolutions in NHWC take 0.65 to 1.0 of its time here, if nothing is recorded; others 0.7 to 1.4. A
+    compiler sees one operator on a device, whose backend is chosen when it runs.
     """
     if backend != "auto" or os.environ.get("HWPRUNE_BACKEND", "auto") != "auto":
         return False
     if x.device.type == "cpu":
-        return x.dtype in (torch.float32, torch.float64)
+        ours = groups == 1 and weight.shape[2:] == (1, 1) and layout(x) == torch.channels_last and not recorded
+        return x.dtype == torch.float64 or (x.dtype == torch.float32 and not (ours and _native.missing("cpp") is None))
     if torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.bfloat16):
         return False  # torch has switches of its own for tf32
     return _native.fastest("masked_conv2d", x, _kind(x, weight, groups, None), False) == "torch"
-
-
-def _masks_nothing(mask: Tensor | None, recorded: bool) -> bool:
-    """Whether there is no mask, or one of ones, where neither a gradient nor a compiler nor a device asks for it."""
-    return mask is None or (not recorded and mask.device.type == "cpu" and bool((mask == 1).all()))
 
 
 def _plain(
@@ -250,7 +264,8 @@ def _plain(
     if scale is not None:
         weight = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
     y = F.conv2d(x, weight, None if shift is None else shift.to(x.dtype), *geometry)
-    y = reference.ACTIVATIONS[act](y if residual is None else y + residual)
+    y = y if residual is None else y + residual
+    y = _IN_PLACE[act](y) if act in _IN_PLACE else reference.ACTIVATIONS[act](y)
     return y.contiguous(memory_format=layout(x))
 
 
@@ -283,7 +298,7 @@ def _backend(
     """The module of functions that runs the convolution `op` on these tensors."""
     preference = _preference(op, x, _kind(x, weight, geometry[3], columns), in_mask is not None or out_mask is not None)
     products = x.shape[0] * x.shape[2] * x.shape[3] * weight.numel()
-    if x.device.type == "cpu" and products < _FEW_PRODUCTS[geometry[3] > 1]:
+    if x.device.type == "cpu" and geometry[3] > 1 and products < _FEW_GROUPED_PRODUCTS:
         preference = ("reference",)
     chosen = _native.choose(op, requested, lambda name: _refusal(name, x, weight, geometry, columns), preference)
     return import_module(_MODULES[chosen])
@@ -716,3 +731,33 @@ def _bn_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _bn.register_autograd(_bn_gradients, setup_context=_save_bn)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """masked_bn_act with the statistics of x itself: y, mean and variance."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        act: str,
+        eps: float,
+        functions: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = functions.batch_norm_act(x, weight, bias, mask, residual, act, eps)
+        ctx.save_for_backward(x, mean, var, weight, bias, mask, residual if act != "none" else None)
+        ctx.act, ctx.eps, ctx.functions = act, eps, functions
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, grad_residual = ctx.functions.batch_norm_act_backward(grad_y, *ctx.saved_tensors, ctx.act, ctx.eps)
+        found = *grads, grad_y if ctx.act == "none" else grad_residual
+        needs = ctx.needs_input_grad
+        return (*(grad if needed else None for grad, needed in zip(found, needs, strict=False)), None, None, None)

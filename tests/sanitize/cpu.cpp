@@ -9,7 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/masked_conv.hpp"
+#include "cpu/masked_bn_act.hpp"
+#include "cpu/masked_conv_product.hpp"
 #include "cpu/ratio_update.hpp"
 
 namespace {
@@ -143,6 +144,70 @@ void columns(bool last) {
   });
 }
 
+void products(bool last, int64_t lanes) {
+  const int64_t images = 5, cin = 37, cout = 29, height = 23, width = 17;
+  const Indices listed = every(3, cin * 9);
+  Floats in_mask(static_cast<size_t>(cin), 0.0f), out_mask(static_cast<size_t>(cout), 0.0f);
+  for (const int64_t i : every(2, cin)) in_mask[static_cast<size_t>(i)] = 0.5f;
+  for (const int64_t i : every(2, cout)) out_mask[static_cast<size_t>(i)] = 0.25f;
+  const int64_t size = images * cin * height * width, out_size = images * cout * height * width;  // padding 1
+  const Floats x = random_floats(size), weight = random_floats(cout * cin * 9), grad = random_floats(out_size);
+  const auto args = [&](int64_t threads, bool by_columns) {
+    return hwprune::Convolution{images,
+                                cin,
+                                height,
+                                width,
+                                cout,
+                                height,
+                                width,
+                                3,
+                                3,
+                                1,
+                                1,
+                                1,
+                                1,
+                                1,
+                                1,
+                                by_columns ? nullptr : in_mask.data(),
+                                out_mask.data(),
+                                by_columns ? listed.data() : nullptr,
+                                by_columns ? static_cast<int64_t>(listed.size()) : -1,
+                                last,
+                                last,
+                                threads,
+                                lanes};
+  };
+  for (const bool by_columns : {false, true})
+    check("convolve", [&](int64_t threads) {
+      Floats y(grad.size()), raw(grad.size()), sums(out_mask.size()), squares(out_mask.size());
+      const hwprune::Epilogue epilogue{out_mask.data(), nullptr, out_mask.data(), grad.data(), 0.0f, 6.0f};
+      hwprune::convolve(x.data(), weight.data(), args(threads, by_columns), epilogue, y.data(), raw.data(), sums.data(),
+                        squares.data());
+      return joined({&y, &raw, &sums, &squares});
+    });
+  check("input_gradient", [&](int64_t threads) {
+    Floats grad_x(x.size()), grad_mask(in_mask.size());
+    hwprune::input_gradient(grad.data(), x.data(), weight.data(), args(threads, false), grad_x.data(),
+                            grad_mask.data());
+    return joined({&grad_x, &grad_mask});
+  });
+  check("weight_gradient", [&](int64_t threads) {
+    Floats grad_weight(weight.size());
+    hwprune::weight_gradient(grad.data(), x.data(), args(threads, false), grad_weight.data());
+    return grad_weight;
+  });
+  check("norm_forward, norm_backward", [&](int64_t threads) {
+    const hwprune::Batch batch{images, cin, height * width, last, threads};
+    const hwprune::Norm norm{weight.data(), weight.data(), in_mask.data(), nullptr, 1e-5f, 0.0f, HUGE_VALF};
+    Floats y(x.size()), mean(in_mask.size()), var(mean), grad_x(x.size()), of_weight(mean), of_bias(mean),
+        of_mask(mean), of_residual(x.size());
+    hwprune::norm_forward(x.data(), batch, norm, y.data(), mean.data(), var.data());
+    hwprune::norm_backward(y.data(), x.data(), batch, norm, mean.data(), var.data(), grad_x.data(), of_weight.data(),
+                           of_bias.data(), of_mask.data(), of_residual.data());
+    return joined({&y, &mean, &var, &grad_x, &of_weight, &of_bias, &of_mask, &of_residual});
+  });
+}
+
 void ratios() {
   Indices offsets{0};
   for (int64_t g = 0; g < 40; ++g) offsets.push_back(offsets.back() + 1 + 137 * g);
@@ -218,6 +283,7 @@ int main() {
     channels(last);
     columns(last);
     parts(last);
+    for (const int64_t lanes : {4, 8, 16}) products(last, lanes);
   }
   ratios();
 }
