@@ -28,8 +28,8 @@ struct Kernels {
   using Outer = void (*)(const float* const*, const float* const*, int64_t, int64_t, const int32_t*, float*, int64_t);
   using Transpose = void (*)(const float* const*, int64_t, float*, int64_t);
   int64_t lanes, most_vectors;
-  Product product[4];                             // by vectors, less one
-  Outer outer_product[4], wide_outer_product[4];  // likewise, for four outputs and for kTileRows
+  Product product[2][4];      // for four rows and for kTileRows; by vectors, less one
+  Outer outer_product[2][4];  // likewise
   Transpose transpose;
 };
 
@@ -173,6 +173,11 @@ struct Axis {
   int64_t reads(int64_t place, int64_t tap) const {  // -1: nothing
     const int64_t found = place * stride + tap * step + offset;
     return found < 0 || found >= source ? -1 : found;
+  }
+  int64_t reading(int64_t tap) const {  // places that read something
+    int64_t count = 0;
+    for (int64_t place = 0; place < size; ++place) count += reads(place, tap) >= 0;
+    return count;
   }
 };
 
@@ -365,15 +370,66 @@ class Reader {
   Floats nothing_;
 };
 
-// Calls finish(thread, first, count, results [count, panels.stride]) for at most `block` pixels at a time. offsets:
-// where the channel of every term lies in a row.
+// Pixels at a time: their results are to stay in a cache until the epilogue. More of them where every channel's share
+// is a piece of a plane, and where the weights of all panels are read from far away each time.
+int64_t block_of(const Panels& panels, const Convolution& args) {
+  const int64_t weights = panels.terms * panels.stride, results = std::max<int64_t>(1, panels.stride * kBlockPixels);
+  if (weights > 2 * kPanelFloats / 3) return 4 * kBlockPixels;
+  return args.channels_last ? kBlockPixels : kBlockPixels * std::clamp<int64_t>((1 << 16) / results, 1, 4);
+}
+
+// A part of what is taken kTileRows or four at a time, whichever leaves fewer places empty.
+struct Piece {
+  int64_t first, places;
+  bool wide() const { return places > 4; }
+};
+
+std::vector<Piece> pieces_of(int64_t count) {
+  std::vector<Piece> pieces;
+  for (int64_t first = 0; first < count;) {
+    const int64_t over = (count - first) % kTileRows;
+    pieces.push_back({first, over >= 1 && over <= 4 ? 4 : kTileRows});
+    first += pieces.back().places;
+  }
+  return pieces;
+}
+
+// How pixels are taken together. Tiles of neighbours multiply the zeros around an image with all of them; the same
+// pixel of several images meets them together, and leaves them out.
+struct Tiling {
+  int64_t images, pixels;  // at a time; of one image, or of all end to end
+  int64_t image_parts, pixel_parts;
+  bool across;
+
+  Tiling(const Window& window, const Terms& terms, int64_t images_given, int64_t block, int64_t threads) {
+    const int64_t pixels_given = window.pixels();
+    int64_t read = 0;  // by all kernel positions of all pixels of an image
+    for (const Terms::Tap& tap : terms.taps) read += window.rows.reading(tap.row) * window.columns.reading(tap.column);
+    const int64_t parts = (images_given + 15) / 16, together = (images_given + parts - 1) / std::max<int64_t>(1, parts);
+    const std::vector<Piece> pieces = pieces_of(together);
+    const double filled = pieces.empty() ? 1.0 : double(together) / double(pieces.back().first + pieces.back().places);
+    const auto all = static_cast<double>(pixels_given * static_cast<int64_t>(terms.taps.size()));
+    across = static_cast<double>(read) < 0.98 * filled * all;
+    images = across ? together : 1;
+    image_parts = across ? parts : 1;
+    const int64_t total = across ? pixels_given : pixels_given * images_given;
+    pixel_parts = std::max<int64_t>(1, (total * images + block - 1) / block);
+    while (image_parts * pixel_parts % std::max<int64_t>(1, threads) != 0 && pixel_parts < total) ++pixel_parts;
+    pixels = (total + pixel_parts - 1) / pixel_parts;
+    if (!across) pixels = rounded_up(pixels, kTileRows);
+  }
+};
+
+// Calls finish(thread, first, count, results [count, panels.stride]) for neighbouring pixels, of about `block` that are
+// computed at a time. offsets: where the channel of every term lies in a row.
 template <typename Finish>
-void multiply_blocks(const Reader& reader, const Terms& terms, const std::vector<int32_t>& offsets,
-                     const Panels& panels, const Kernels& kernels, int64_t block, int64_t threads,
-                     const Finish& finish) {
+void multiply_blocks(const Reader& reader, const Window& window, const Terms& terms,
+                     const std::vector<int32_t>& offsets, const Panels& panels, const Kernels& kernels, int64_t images,
+                     int64_t block, int64_t threads, const Finish& finish) {
   const int64_t total = reader.total(), taps = static_cast<int64_t>(terms.taps.size());
-  block = std::min(block, rounded_up((total + threads - 1) / std::max<int64_t>(1, threads), kTileRows));
   if (total == 0) return;
+  const Tiling tiling(window, terms, images, block, threads);
+  const int64_t all_images = tiling.across ? images : 1, all_pixels = total / all_images;
   std::vector<int32_t> from_origin = offsets;  // of all kernel positions
   for (const Terms::Tap& tap : terms.taps)
     for (int64_t k = tap.begin; k < tap.end; ++k)
@@ -381,24 +437,29 @@ void multiply_blocks(const Reader& reader, const Terms& terms, const std::vector
   struct Tile {
     int64_t steps;
     const int32_t* offsets;
+    int64_t row, count;  // where its first result goes, and how many it has
+    bool wide;
   };
-  // One step where every kernel position of every pixel reads something, else as many as there are kernel positions.
-  const auto find = [&](int64_t first, Step* steps) -> Tile {
+  // One step where every kernel position of every pixel reads something, else one per position that reads.
+  const auto find = [&](int64_t first, int64_t distance, int64_t count, Step* steps, Tile& tile) {
     Reader::Place places[kTileRows];
     bool inner = true;
     for (int64_t i = 0; i < kTileRows; ++i) {
-      places[i] = reader.place(std::min(first + i, total - 1));
+      places[i] = reader.place(first + std::min(i, count - 1) * distance);
       inner = inner && places[i].inner;
     }
     if (inner) {
       steps[0].begin = 0;
       steps[0].end = terms.count();
       for (int i = 0; i < kTileRows; ++i) steps[0].rows[i] = places[i].origin();
-      return {1, from_origin.data()};
+      tile.steps = 1;
+      tile.offsets = from_origin.data();
+      return;
     }
-    int64_t found = 0;
+    tile.steps = 0;
+    tile.offsets = offsets.data();
     for (const Terms::Tap& tap : terms.taps) {
-      Step& step = steps[found];
+      Step& step = steps[tile.steps];
       step.begin = tap.begin;
       step.end = tap.end;
       bool any = false;
@@ -407,31 +468,46 @@ void multiply_blocks(const Reader& reader, const Terms& terms, const std::vector
         step.rows[i] = row ? row : reader.nothing();
         any = any || row;
       }
-      if (any) ++found;
+      if (any) ++tile.steps;
     }
-    return {found, offsets.data()};
   };
-  parallel((total + block - 1) / block, 1, threads, [&](int64_t thread, int64_t first_block, int64_t last_block) {
-    const int64_t most_tiles = (block + kTileRows - 1) / kTileRows;
-    const Scratch results = scratch(block * panels.stride);
-    std::vector<Step> steps(static_cast<size_t>(most_tiles * std::max<int64_t>(1, taps)));
-    std::vector<Tile> found(static_cast<size_t>(most_tiles));
-    for (int64_t b = first_block; b < last_block; ++b) {
-      const int64_t first = b * block, count = std::min(block, total - first);
-      const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        found[static_cast<size_t>(tile)] = taps ? find(first + tile * kTileRows, steps.data() + tile * taps) : Tile{};
+  parallel(tiling.image_parts * tiling.pixel_parts, 1, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    const Scratch results = scratch(tiling.images * tiling.pixels * panels.stride);
+    std::vector<Step> steps;
+    std::vector<Tile> tiles;
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t image = part / tiling.pixel_parts * tiling.images;
+      const int64_t here = std::min(tiling.images, all_images - image);
+      const int64_t first = part % tiling.pixel_parts * tiling.pixels;
+      const int64_t count = std::min(tiling.pixels, all_pixels - first);
+      if (count <= 0) continue;
+      const std::vector<Piece> pieces = pieces_of(tiling.across ? here : count);
+      const int64_t times = tiling.across ? count : 1;
+      tiles.resize(pieces.size() * static_cast<size_t>(times));
+      steps.resize(tiles.size() * static_cast<size_t>(std::max<int64_t>(1, taps)));
+      for (size_t t = 0; t < tiles.size(); ++t) {
+        const Piece& piece = pieces[t % pieces.size()];
+        const int64_t pixel = static_cast<int64_t>(t / pieces.size());
+        Tile& tile = tiles[t];
+        tile.wide = piece.wide();
+        tile.count = std::min(piece.places, (tiling.across ? here : count) - piece.first);
+        tile.row = tiling.across ? piece.first * count + pixel : piece.first;
+        const int64_t start = tiling.across ? (image + piece.first) * all_pixels + first + pixel : first + piece.first;
+        tile.steps = 0;
+        if (taps > 0)
+          find(start, tiling.across ? all_pixels : 1, tile.count, steps.data() + static_cast<int64_t>(t) * taps, tile);
+      }
       for (const Panels::Panel& panel : panels.panels) {
-        const Kernels::Product product = kernels.product[panel.vectors - 1];
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const Tile& here = found[static_cast<size_t>(tile)];
-          const int64_t pixel = tile * kTileRows;
-          product(steps.data() + tile * taps, here.steps, here.offsets, panels.of(panel),
-                  std::min<int64_t>(kTileRows, count - pixel),
-                  results.get() + pixel * panels.stride + panel.first * panels.lanes, panels.stride);
+        for (size_t t = 0; t < tiles.size(); ++t) {
+          const Tile& tile = tiles[t];
+          kernels.product[tile.wide][panel.vectors - 1](
+              steps.data() + static_cast<int64_t>(t) * taps, tile.steps, tile.offsets, panels.of(panel), tile.count,
+              results.get() + tile.row * panels.stride + panel.first * panels.lanes,
+              (tiling.across ? count : 1) * panels.stride);
         }
       }
-      finish(thread, first, count, results.get());
+      for (int64_t i = 0; i < here; ++i)
+        finish(thread, (image + i) * all_pixels + first, count, results.get() + i * count * panels.stride);
     }
   });
 }
@@ -458,12 +534,6 @@ class Epilogues {
     for (const int64_t o : outs) plain_ = plain_ && a_[static_cast<size_t>(o)] == 1 && b_[static_cast<size_t>(o)] == 0;
     const int64_t summed = args.channels_last ? static_cast<int64_t>(a_.size()) : kept_;
     if (with_sums) sums_.assign(static_cast<size_t>(std::max<int64_t>(1, args.threads)), RowSums(summed));
-  }
-
-  // Pixels at a time. In NCHW every channel's share of them should be a good piece of a plane.
-  int64_t block(int64_t stride) const {
-    if (args_.channels_last) return kBlockPixels;
-    return kBlockPixels * std::clamp<int64_t>((1 << 16) / std::max<int64_t>(1, stride * kBlockPixels), 1, 4);
   }
 
   // In NCHW, the planes of outputs that are not listed, but for those that hold a residual.
@@ -622,7 +692,7 @@ void convolve(const float* x, const float* weight, const Convolution& args, cons
   Epilogues finish(args, epilogue, outs, kernels, y, raw, sums != nullptr);
   const Window window = forward_window(args);
   const Reader reader(rows, window, args.kernel_height, args.kernel_width, args.images);
-  multiply_blocks(reader, terms, offsets, panels, kernels, finish.block(panels.stride), args.threads,
+  multiply_blocks(reader, window, terms, offsets, panels, kernels, args.images, block_of(panels, args), args.threads,
                   [&](int64_t thread, int64_t first, int64_t count, const float* results) {
                     finish(thread, first, count, results, panels.stride);
                   });
@@ -655,7 +725,7 @@ void input_gradient(const float* grad, const float* x, const float* weight, cons
     const int64_t step = rows_at_once(args.channels);
     const Floats factor = repeated(args.in_mask, args.channels, 1.0f);
     for (RowSums& mine : dots) mine = RowSums(step * args.channels);
-    multiply_blocks(reader, terms, offsets, panels, kernels, kBlockPixels, args.threads,
+    multiply_blocks(reader, window, terms, offsets, panels, kernels, args.images, block_of(panels, args), args.threads,
                     [&](int64_t thread, int64_t first, int64_t count, const float* results) {
                       for (int64_t p = 0; p < count; p += step) {
                         const int64_t rows_here = std::min(step, count - p), length = rows_here * args.channels;
@@ -670,7 +740,7 @@ void input_gradient(const float* grad, const float* x, const float* weight, cons
                     });
   } else {
     const Scratch by_pixel = scratch(args.images * pixels * kept);  // planes wait for all of them
-    multiply_blocks(reader, terms, offsets, panels, kernels, kBlockPixels, args.threads,
+    multiply_blocks(reader, window, terms, offsets, panels, kernels, args.images, block_of(panels, args), args.threads,
                     [&](int64_t, int64_t first, int64_t count, const float* results) {
                       for (int64_t p = 0; p < count; ++p)
                         std::copy_n(results + p * panels.stride, kept, by_pixel.get() + (first + p) * kept);
@@ -702,18 +772,8 @@ void weight_gradient(const float* grad, const float* x, const Convolution& args,
         pick_rows(grad, args.images, args.out_channels, window.pixels(), false, outs, kept_outs, kernels, args.threads);
     std::iota(places_of_outs.begin(), places_of_outs.end(), 0);
   }
-  // Six outputs at a time, or four where that leaves fewer places empty.
-  struct Piece {
-    int64_t first, count;
-  };
-  std::vector<Piece> pieces;
-  int64_t padded_outs = 0;
-  for (int64_t left = kept_outs; left > 0;) {
-    const int64_t over = left % kTileRows, count = over >= 1 && over <= 4 && left != 5 ? 4 : kTileRows;
-    pieces.push_back({padded_outs, count});
-    padded_outs += count;
-    left -= count;
-  }
+  const std::vector<Piece> pieces = pieces_of(kept_outs);
+  const int64_t padded_outs = pieces.empty() ? 0 : pieces.back().first + pieces.back().places;
   std::vector<int32_t> offsets(places_of_outs.begin(), places_of_outs.end());
   if (!offsets.empty()) offsets.resize(static_cast<size_t>(padded_outs), offsets.back());
   const Reader reader(rows, window, args.kernel_height, args.kernel_width, args.images);
@@ -731,9 +791,9 @@ void weight_gradient(const float* grad, const float* x, const Convolution& args,
       for (int64_t c = 0; c < width;) {
         const int64_t vectors = std::min(kernels.most_vectors, (width - c) / lanes);
         for (const Piece& piece : pieces) {
-          const auto& product = piece.count == 4 ? kernels.outer_product : kernels.wide_outer_product;
-          product[vectors - 1](read.data(), given.data(), count, shift + c, offsets.data() + piece.first,
-                               mine.data() + piece.first * row + tap * width + c, row);
+          kernels.outer_product[piece.wide()][vectors - 1](read.data(), given.data(), count, shift + c,
+                                                           offsets.data() + piece.first,
+                                                           mine.data() + piece.first * row + tap * width + c, row);
         }
         c += vectors * lanes;
       }

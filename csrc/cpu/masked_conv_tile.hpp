@@ -19,14 +19,16 @@ HWPRUNE_TARGET inline void multiply_add(float factor, const Vector (&values)[Vec
   for (int v = 0; v < Vectors; ++v) sums[v] += factor * values[v];
 }
 
-// out[i, :] = sum over steps and their k of rows[i][offsets[k]] * panel[k, :], for the first `count` of kTileRows rows.
-template <int Vectors>
+// out[i, :] = sum over steps and their k of rows[i][offsets[k]] * panel[k, :], for the first `count` of Rows rows, 4 or
+// kTileRows.
+template <int Rows, int Vectors>
 HWPRUNE_TARGET void product(const Step* steps, int64_t step_count, const int32_t* offsets, const float* panel,
                             int64_t count, float* out, int64_t out_stride) {
-  Vector sums[kTileRows][Vectors] = {};
+  Vector sums[Rows][Vectors] = {};
   for (const Step* step = steps; step != steps + step_count; ++step) {
     const float* const* rows = step->rows;
-    const float *row0 = rows[0], *row1 = rows[1], *row2 = rows[2], *row3 = rows[3], *row4 = rows[4], *row5 = rows[5];
+    const float *row0 = rows[0], *row1 = rows[1], *row2 = rows[2], *row3 = rows[3];
+    const float *row4 = Rows > 4 ? rows[4] : nullptr, *row5 = Rows > 4 ? rows[5] : nullptr;
     for (int64_t k = step->begin; k < step->end; ++k) {
       const int64_t at = offsets[k];
       Vector weights[Vectors];
@@ -35,12 +37,13 @@ HWPRUNE_TARGET void product(const Step* steps, int64_t step_count, const int32_t
       multiply_add(row1[at], weights, sums[1]);
       multiply_add(row2[at], weights, sums[2]);
       multiply_add(row3[at], weights, sums[3]);
-      multiply_add(row4[at], weights, sums[4]);
-      multiply_add(row5[at], weights, sums[5]);
+      if (Rows == 4) continue;
+      multiply_add(row4[at], weights, sums[Rows - 2]);
+      multiply_add(row5[at], weights, sums[Rows - 1]);
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < Rows; ++i) {
     if (i >= count) break;
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) *reinterpret_cast<Vector*>(out + i * out_stride + v * kLanes) = sums[i][v];
@@ -108,8 +111,9 @@ constexpr int kThird = kMostVectors == 4 ? 3 : 1;  // where there are no more th
 constexpr Kernels kernels{
     kLanes,
     kMostVectors,
-    {product<1>, product<2>, product<kThird>, product<kMostVectors>},
-    {outer_product<4, 1>, outer_product<4, 2>, outer_product<4, kThird>, outer_product<4, kMostVectors>},
-    {outer_product<6, 1>, outer_product<6, 2>, outer_product<6, kThird>, outer_product<6, kMostVectors>},
+    {{product<4, 1>, product<4, 2>, product<4, kThird>, product<4, kMostVectors>},
+     {product<6, 1>, product<6, 2>, product<6, kThird>, product<6, kMostVectors>}},
+    {{outer_product<4, 1>, outer_product<4, 2>, outer_product<4, kThird>, outer_product<4, kMostVectors>},
+     {outer_product<6, 1>, outer_product<6, 2>, outer_product<6, kThird>, outer_product<6, kMostVectors>}},
     transpose,
 };

@@ -28,9 +28,9 @@ def layout(x: Tensor) -> torch.memory_format:
 def output_shape(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> tuple[int, int, int, int]:
     """[N, Cout, Ho, Wo]"""
     stride, padding, dilation, _ = geometry
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
+    _, _, height, width = x.shape
+    height = (height + 2 * padding[0] - dilation[0] * (weight_shape[2] - 1) - 1) // stride[0] + 1
+    width = (width + 2 * padding[1] - dilation[1] * (weight_shape[3] - 1) - 1) // stride[1] + 1
     return x.shape[0], weight_shape[0], height, width
 
 
