@@ -361,6 +361,22 @@ def test_registers_of_every_width_give_the_same(lanes, form, monkeypatch):
     assert_backend_accurate(ops.masked_conv2d, {"x": x, "weight": weight}, "cpp", padding=1, stats=True)
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [4, 13, 37])
+def test_the_same_pixels_of_several_images_are_taken_together(batch, form):
+    """Which is how zeros around small images are left out; batches fill tiles and parts of 16 images or do not."""
+    x = torch.randn(batch, 21, 4, 5).contiguous(memory_format=form)
+    weight = torch.randn(18, 21, 3, 3).contiguous(memory_format=form)
+    masks = {"in_mask": (torch.rand(21) < 0.7).float(), "out_mask": (torch.rand(18) < 0.7) * torch.rand(18)}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for geometry in ({"padding": 1}, {"padding": (2, 1), "dilation": (2, 1)}, {"padding": 1, "stride": 2}):
+            residual = torch.randn_like(F.conv2d(x, weight, **geometry))
+            tensors = {"x": x, "weight": weight, "residual": residual, **masks}
+            assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", act="relu", **geometry)
+            assert_backend_accurate(ops.masked_conv2d, {"x": x, "weight": weight}, "cpp", stats=True, **geometry)
+
+
 def test_more_weights_than_a_panel_holds_of_all_vectors():
     x, weight = torch.randn(2, 400, 3, 4), torch.randn(70, 400, 3, 3)
     masks = {"in_mask": torch.rand(400), "out_mask": torch.rand(70)}

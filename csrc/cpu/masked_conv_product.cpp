@@ -1,6 +1,7 @@
 #include "cpu/masked_conv_product.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -431,9 +432,13 @@ void multiply_blocks(const Reader& reader, const Window& window, const Terms& te
   const Tiling tiling(window, terms, images, block, threads);
   const int64_t all_images = tiling.across ? images : 1, all_pixels = total / all_images;
   std::vector<int32_t> from_origin = offsets;  // of all kernel positions
-  for (const Terms::Tap& tap : terms.taps)
-    for (int64_t k = tap.begin; k < tap.end; ++k)
-      from_origin[static_cast<size_t>(k)] += static_cast<int32_t>(reader.shift(tap.row, tap.column));
+  bool near = true;                            // they can be counted in 32 bits
+  for (const Terms::Tap& tap : terms.taps) {
+    const int64_t shift = reader.shift(tap.row, tap.column);
+    near = near && std::abs(shift) < std::numeric_limits<int32_t>::max() / 2;
+    for (int64_t k = tap.begin; near && k < tap.end; ++k)
+      from_origin[static_cast<size_t>(k)] += static_cast<int32_t>(shift);
+  }
   struct Tile {
     int64_t steps;
     const int32_t* offsets;
@@ -443,7 +448,7 @@ void multiply_blocks(const Reader& reader, const Window& window, const Terms& te
   // One step where every kernel position of every pixel reads something, else one per position that reads.
   const auto find = [&](int64_t first, int64_t distance, int64_t count, Step* steps, Tile& tile) {
     Reader::Place places[kTileRows];
-    bool inner = true;
+    bool inner = near;
     for (int64_t i = 0; i < kTileRows; ++i) {
       places[i] = reader.place(first + std::min(i, count - 1) * distance);
       inner = inner && places[i].inner;

@@ -1,6 +1,8 @@
-"""The C++ backend of masked_conv2d: active channels are picked, oneDNN multiplies what is left, and one pass ends it.
+"""The C++ backend of masked_conv2d: a product over what is active, without groups.
 
-The functions are those of `hwprune.ops._reference_conv`. "Compact" tensors hold the active channels only.
+With groups, and for gradients of strided or column-pruned convolutions, active channels are picked, torch multiplies
+what is left, and one pass ends it. The functions are those of `hwprune.ops._reference_conv`. "Compact" tensors hold the
+active channels only.
 """
 
 from collections.abc import Iterator, Sequence
