@@ -18,7 +18,7 @@ timed by name, beside what is chosen by itself, and all rivals of a call togethe
     dense            conv2d with all columns
     batch_norm       F.batch_norm, mask, activation; forward and backward
     training step    forward, backward and SGD of the network without masks. A search step that computes all channels
-                     once in `skip` steps is timed as the mean over as many steps.
+                     once in `skip` steps is timed as the mean over as many steps, and so is its rival.
     masked step      forward and backward of the masked network that computes all channels
     compiled         torch.compile with convolution templates: of convolution, scale, shift and ReLU, and of the step of
                      the network without any mask; on a CUDA device only
@@ -734,7 +734,7 @@ def search_steps(bench: Bench) -> Iterator[Row]:
     for _ in range(SKIP):
         for key, run in ((None, training), *runs.items()):
             times[key].append(step_us(run, device))  # a search counts its steps, and none of a second is left alone
-    rival_us = float(np.median(times[None]))
+    rival_us = float(np.mean(times[None]))  # as ours, or a slow spell would count on one side only
     low, high = np.quantile(times[None], [0.2, 0.8])
     for keep, row in rows.items():
         captured = {"captured": [False, False]} if bench.gpu else {}
