@@ -361,6 +361,16 @@ def test_registers_of_every_width_give_the_same(lanes, form, monkeypatch):
     assert_backend_accurate(ops.masked_conv2d, {"x": x, "weight": weight}, "cpp", padding=1, stats=True)
 
 
+@pytest.mark.parametrize("kept", [1, 9, 15, 16, 25, 31])
+def test_channels_left_that_round_up_to_all_are_still_picked(kept):
+    """In NHWC, rows are read where they lie only if all of their channels are active."""
+    ins = 16 if kept <= 16 else 32
+    x = torch.randn(2, ins, 5, 6).contiguous(memory_format=torch.channels_last)
+    mask = torch.zeros(ins).index_fill(0, torch.randperm(ins)[:kept], 1.0)
+    tensors = {"x": x, "weight": torch.randn(10, ins, 3, 3), "in_mask": mask}
+    assert_backend_accurate(ops.masked_conv2d, tensors, "cpp", padding=1)
+
+
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("batch", [4, 13, 37])
 def test_the_same_pixels_of_several_images_are_taken_together(batch, form):

@@ -766,7 +766,7 @@ void weight_gradient(const float* grad, const float* x, const Convolution& args,
   const int64_t taps = args.kernel_height * args.kernel_width, row = taps * width;  // of a sum per output
   const Window window = forward_window(args);
   const int64_t total = args.images * window.pixels();
-  const bool as_it_is = args.channels_last && width == args.channels;
+  const bool as_it_is = args.channels_last && kept_ins == args.channels && width == kept_ins;
   const Rows rows = as_it_is ? Rows{nullptr, x, args.channels}
                              : pick_rows(x, args.images, args.channels, window.source_pixels(), args.channels_last, ins,
                                          width, kernels, args.threads);
