@@ -130,6 +130,17 @@ Rows pick_rows(const float* x, int64_t images, int64_t channels, int64_t pixels,
   return rows;
 }
 
+// out [width, out_stride] = the transpose of rows [count, width], which lie `stride` floats apart. What is behind
+// `count` up to whole vectors is overwritten.
+void turn_rows(const float* rows, int64_t stride, int64_t count, int64_t width, const Kernels& kernels, float* out,
+               int64_t out_stride) {
+  const float* from[16];
+  for (int64_t p = 0; p < count; p += kernels.lanes) {
+    for (int64_t l = 0; l < kernels.lanes; ++l) from[l] = rows + std::min(p + l, count - 1) * stride;
+    kernels.transpose(from, width, out + p, out_stride);
+  }
+}
+
 // What the sum runs over: (kernel position, channel) pairs, position by position.
 struct Terms {
   struct Tap {
@@ -606,12 +617,7 @@ class Epilogues {
     const int64_t pixels = args_.out_height * args_.out_width, channels = args_.out_channels;
     const int64_t row = rounded_up(count, kernels_.lanes);
     const Scratch turned = scratch(kept_ * row);
-    std::vector<const float*> rows(static_cast<size_t>(kernels_.lanes));
-    for (int64_t p = 0; p < count; p += kernels_.lanes) {
-      for (int64_t l = 0; l < kernels_.lanes; ++l)
-        rows[static_cast<size_t>(l)] = results + std::min(p + l, count - 1) * stride;
-      kernels_.transpose(rows.data(), kept_, turned.get() + p, row);
-    }
+    turn_rows(results, stride, count, kept_, kernels_, turned.get(), row);
     for (int64_t done = 0; done < count;) {
       const int64_t image = (first + done) / pixels, within = (first + done) % pixels;
       const int64_t here = std::min(count - done, pixels - within);
@@ -645,20 +651,15 @@ class Epilogues {
 // the sums of it, before that, times x, into `dots` where there are some.
 void planes_of(const float* by_pixel, const float* x, const Convolution& args, const Indices& ins,
                const Kernels& kernels, float* grad_x, std::vector<RowSums>& dots) {
-  const int64_t pixels = args.height * args.width, lanes = kernels.lanes, kept = static_cast<int64_t>(ins.size());
-  const int64_t piece = rounded_up(kBlockPixels, lanes), pieces = (pixels + piece - 1) / piece;
+  const int64_t pixels = args.height * args.width, kept = static_cast<int64_t>(ins.size());
+  const int64_t piece = rounded_up(kBlockPixels, kernels.lanes), pieces = (pixels + piece - 1) / piece;
   const Indices place = places(ins.data(), kept, args.channels);
   parallel(args.images * pieces, kGrain / std::max<int64_t>(1, args.channels * piece), args.threads,
            [&](int64_t thread, int64_t begin, int64_t end) {
              const Scratch turned = scratch(kept * piece);  // [kept, piece]
-             const float* rows[16];
              for (int64_t at = begin; at < end; ++at) {
                const int64_t image = at / pieces, first = at % pieces * piece, count = std::min(piece, pixels - first);
-               for (int64_t p = 0; p < count; p += lanes) {
-                 for (int64_t l = 0; l < lanes; ++l)
-                   rows[l] = by_pixel + (image * pixels + first + std::min(p + l, count - 1)) * kept;
-                 kernels.transpose(rows, kept, turned.get() + p, piece);
-               }
+               turn_rows(by_pixel + (image * pixels + first) * kept, kept, count, kept, kernels, turned.get(), piece);
                for (int64_t c = 0; c < args.channels; ++c) {
                  const int64_t j = place[static_cast<size_t>(c)], to = (image * args.channels + c) * pixels + first;
                  if (j < 0) {

@@ -20,6 +20,7 @@ from hwprune.ops._reference_conv import (
     convolution_backward,
     layout,
     output_shape,
+    through_activation,
 )
 
 _CLAMPS = {"none": (-torch.inf, torch.inf), "relu": (0.0, torch.inf), "relu6": (0.0, 6.0)}
@@ -111,8 +112,7 @@ def backward_epilogue(
     given = residual
     if act not in _CLAMPS:  # their derivatives are torch's
         z, _ = _finish(raw, None, a, b, out_mask, residual, "none", raw.shape, form, keep_raw=False)
-        backward: Any = torch.ops.aten.silu_backward if act == "silu" else torch.ops.aten.gelu_backward
-        grad_y, given, act = backward(grad_y, z), None, "none"
+        grad_y, given, act = through_activation(act, grad_y, z), None, "none"
     grad_y = grad_y.contiguous(memory_format=form)
     given = _like(given, form)
     grad_raw = torch.empty_like(raw)
@@ -271,8 +271,7 @@ def batch_norm_act_backward(
     x, residual = x.contiguous(memory_format=form), _like(residual, form)
     if act not in _CLAMPS:  # their derivatives are torch's
         z, _, _ = batch_norm_act(x, weight, bias, mask, residual, "none", eps)
-        backward: Any = torch.ops.aten.silu_backward if act == "silu" else torch.ops.aten.gelu_backward
-        grad_y, residual, act = backward(grad_y, z), None, "none"
+        grad_y, residual, act = through_activation(act, grad_y, z), None, "none"
     grad_y = grad_y.contiguous(memory_format=form)
     grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     grad_mask = None if mask is None else torch.empty_like(mask)

@@ -88,7 +88,7 @@ def backward_epilogue(
         inner = inner + shift.view(1, -1, 1, 1)
     z = reference.apply_mask(inner, out_mask)
     z = z if residual is None else z + residual
-    grad = _through_activation(act, reference.widened(grad_y), z)
+    grad = through_activation(act, reference.widened(grad_y), z)
     grad_residual = None if residual is None else grad.to(residual.dtype)
     per_output = grad if scale is None else grad * scale.view(1, -1, 1, 1)
     grad_raw = reference.apply_mask(per_output, out_mask).to(raw.dtype)
@@ -221,7 +221,8 @@ def _precision(x: Tensor, allow_tf32: bool) -> AbstractContextManager[object]:
     return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=allow_tf32)
 
 
-def _through_activation(act: str, grad: Tensor, z: Tensor) -> Tensor:
+def through_activation(act: str, grad: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z from that of act(z)."""
     if act == "relu":
         return torch.where(z > 0, grad, 0)
     if act == "relu6":
